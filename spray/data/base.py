@@ -1,0 +1,59 @@
+"""What a dataset of images is to the rest of the library."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ImageDataset(ABC):
+    """Labelled images in pixel space, addressed by index.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        Names of the classes; a label is an index into it.
+    labels : ndarray of int64, shape (N,)
+        Class of each sample.
+    names : sequence of str
+        A readable name of each sample: for files the path relative to the dataset's folder.
+    image_shape : tuple of int
+        (C, H, W) of every image.
+    fingerprint : str
+        Hash of what the dataset holds; another fingerprint means other data.
+    """
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    names: Sequence[str]
+    image_shape: tuple[int, int, int]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """Return the images at `indices`: float32 (n, C, H, W) in [0, 1], before any normalisation."""
+
+
+class Normalizer:
+    """Maps pixels in [0, 1] to the input that the model was trained on, and back.
+
+    Parameters
+    ----------
+    mean, std : sequence of float
+        One number for each channel, or one for all.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = torch.tensor(list(mean), dtype=torch.float32).view(-1, 1, 1)
+        self.std = torch.tensor(list(std), dtype=torch.float32).view(-1, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return (pixels - mean) / std."""
+        return (pixels - self.mean.to(pixels.device)) / self.std.to(pixels.device)
