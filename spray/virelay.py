@@ -1,0 +1,158 @@
+"""Export of a run as a project that ViRelAy 0.6 opens (https://github.com/virelay/virelay).
+
+The layout is the one that ViRelAy's code reads, which its documentation describes differently.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+
+from spray.data.base import ImageDataset
+from spray.storage import hdf5_writer, write_json, write_text
+
+Progress = Callable[[Iterable[np.ndarray], int, str], Iterable[np.ndarray]]
+
+
+def category(class_index: int) -> str:
+    """Return the name of a class' group in the analysis file, which is its id in the label map too."""
+    return f"{class_index:08d}"
+
+
+def can_show(image_shape: tuple[int, int, int]) -> bool:
+    """Say whether ViRelAy can show images of this shape (C, H, W): grey or RGB ones."""
+    return image_shape[0] in (1, 3)
+
+
+def export(
+    folder: Path,
+    dataset: ImageDataset,
+    *,
+    title: str,
+    model: str,
+    attributions: Path | None = None,
+    attribution_method: str = "lrp",
+    attribution_strategy: str = "true_label",
+    analysis: Path | None = None,
+    analysis_method: str = "spectral",
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a ViRelAy project into `folder`; it refers to the attributions and the analysis files.
+
+    Parameters
+    ----------
+    folder : Path
+        Gets `project.yaml`, `label-map.json` and `dataset.h5`.
+    dataset : ImageDataset
+        The samples that row i of the attributions belongs to. Grey images are repeated to three channels,
+        since ViRelAy shows no others.
+    title, model : str
+        What ViRelAy shows as the project's and the model's name.
+    attributions, analysis : Path, optional
+        HDF5 files in ViRelAy's layout (see `project`); what is None is left out of the project.
+    attribution_method, attribution_strategy, analysis_method : str
+        How they were made. ViRelAy finds no analysis whose name has a hyphen, so that is replaced.
+    batch_size : int
+        Images held in memory at once.
+    progress : callable, optional
+        Wraps the iteration over batches: `progress(batches, total, what)`.
+
+    Returns
+    -------
+    Path
+        Of `project.yaml`.
+
+    Raises
+    ------
+    ValueError
+        If the images are neither grey nor RGB.
+    """
+    if not can_show(dataset.image_shape):
+        raise ValueError(f"ViRelAy shows grey and RGB images, not {dataset.image_shape[0]} channels")
+    folder = Path(folder)
+    _write_dataset(folder / "dataset.h5", dataset, batch_size, progress)
+    write_json(folder / "label-map.json", label_map(dataset.classes))
+    description = project(
+        title=title,
+        model=model,
+        dataset=title,
+        attributions=_relative(attributions, folder),
+        attribution_method=attribution_method,
+        attribution_strategy=attribution_strategy,
+        analysis=_relative(analysis, folder),
+        analysis_method=analysis_method,
+    )
+    # Last, so that a project that can be opened is a complete one.
+    write_text(folder / "project.yaml", yaml.safe_dump(description, sort_keys=False, allow_unicode=True))
+    return folder / "project.yaml"
+
+
+def label_map(classes: Iterable[str]) -> list[dict[str, Any]]:
+    """Return ViRelAy's label map: the readable name of each category of the analysis file."""
+    return [
+        {"index": index, "word_net_id": category(index), "name": name} for index, name in enumerate(classes)
+    ]
+
+
+def project(
+    *,
+    title: str,
+    model: str,
+    dataset: str,
+    attributions: str | None,
+    attribution_method: str,
+    attribution_strategy: str,
+    analysis: str | None,
+    analysis_method: str,
+) -> dict[str, Any]:
+    """Return the contents of `project.yaml`.
+
+    The attribution file must hold `/attribution` (N, C, H, W) with C = 1 or 3, `/label` integer (N,) and
+    `/prediction` float (N, classes), and no `/index`: without it ViRelAy finds a row at once, with it by a
+    search through the whole file. The analysis file must hold one group for each class, named by `category`.
+    """
+    contents: dict[str, Any] = {
+        "name": title,
+        "model": model,
+        "label_map": "label-map.json",
+        "dataset": {"name": dataset, "type": "hdf5", "path": "dataset.h5"},
+    }
+    if attributions is not None:
+        contents["attributions"] = {
+            "attribution_method": attribution_method,
+            "attribution_strategy": attribution_strategy,
+            "sources": [attributions],
+        }
+    if analysis is not None:
+        method = analysis_method.replace("-", "_")
+        contents["analyses"] = [{"analysis_method": method, "sources": [analysis]}]
+    return {"project": contents}
+
+
+def _write_dataset(path: Path, dataset: ImageDataset, batch_size: int, progress: Progress | None) -> None:
+    """Write `/data` uint8 (N, 3, H, W) and `/label` uint16 (N,), one batch at a time."""
+    total = len(dataset)
+    shape = (3, *dataset.image_shape[1:])
+    starts = range(0, total, batch_size)
+    batches: Iterable[np.ndarray] = (np.arange(at, min(at + batch_size, total)) for at in starts)
+    if progress is not None:
+        batches = progress(batches, len(starts), "ViRelAy dataset")
+    with hdf5_writer(path) as file:
+        # ViRelAy reads one sample at a time, so each one is a chunk of its own.
+        data = file.create_dataset(
+            "data", (total, *shape), np.uint8, chunks=(1, *shape), compression="gzip", compression_opts=1
+        )
+        for indices in batches:
+            pixels = np.rint(dataset.batch(indices).numpy().clip(0.0, 1.0) * 255.0).astype(np.uint8)
+            data[indices[0] : indices[-1] + 1] = np.broadcast_to(pixels, (len(indices), *shape))
+        file.create_dataset("label", data=np.asarray(dataset.labels, dtype=np.uint16))
+
+
+def _relative(path: Path | None, folder: Path) -> str | None:
+    return None if path is None else Path(os.path.relpath(path, folder)).as_posix()
