@@ -1,0 +1,1 @@
+"""The shipped configuration: a package, so that it travels inside of `spray`."""

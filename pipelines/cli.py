@@ -1,0 +1,199 @@
+"""The command `spray`: Hydra's configuration and sweeps, one line for every mistake, meaningful exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import secrets
+import sys
+import traceback
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spray.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+_UNIQUE = f"{os.getpid()}-{secrets.token_hex(2)}"
+_log = logging.getLogger("spray")
+# Exit code of each job of this command; Hydra itself does not hand them on.
+_codes: list[int] = []
+
+
+def main() -> None:
+    """Run the command and exit: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
+    sys.exit(_main())
+
+
+def _main() -> int:
+    # Hydra prints a traceback and exits by itself unless it is told to let exceptions through.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    _codes.clear()
+    _log_to_terminal()
+    try:
+        _check_flags(sys.argv[1:])
+        _run_hydra()
+    except KeyboardInterrupt:
+        print("spray: interrupted; the same command with the same run_dir goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        from spray.pipelines.mistakes import explain_mistake
+
+        line = explain_mistake(error)
+        if line is None:
+            traceback.print_exc()
+            return _fail(f"{type(error).__name__}: {error}", FAILED)
+        return _fail(line, USER_ERROR)
+    return max((code for code in _codes), default=DONE) if FAILED not in _codes else FAILED
+
+
+def _run_hydra() -> None:
+    import hydra
+
+    from spray.pipelines.config import register_schema
+
+    register_resolvers()
+    register_schema()
+    hydra.main(config_path="pkg://spray.conf", config_name="config", version_base="1.3")(_job)()
+
+
+def register_resolvers() -> None:
+    """Register the resolvers that `conf/config.yaml` uses for folder names."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("spray.unique", lambda: _UNIQUE, replace=True)
+    # A plan writes nothing: Hydra, which makes the folder, is then given the one that is there already.
+    OmegaConf.register_new_resolver("spray.folder", lambda path, plan: "." if plan else path, replace=True)
+    OmegaConf.register_new_resolver(
+        "spray.job_folder", lambda overrides, plan: "." if plan else job_folder(overrides), replace=True
+    )
+
+
+def job_folder(overrides: str) -> str:
+    """Return a folder's name for a job of a sweep, always the same for the same overrides, such as `seed=0`."""
+    name = re.sub(r"[^\w.,=+-]+", "_", overrides)
+    if name == overrides and len(name) <= 150 and name.strip("."):
+        return name
+    return f"{name[:140]}-{sha256(overrides.encode()).hexdigest()[:8]}" if overrides else ""
+
+
+def _job(config: DictConfig) -> None:
+    """Run one job and note its exit code, so that the other jobs of a sweep go on after a failure."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    settings = HydraConfig.get()
+    sweep = settings.mode == RunMode.MULTIRUN
+    name = ",".join(settings.overrides.task) if sweep else ""
+    if sweep:
+        _log.info("job %s: %s", settings.job.num, name)
+    try:
+        _run_job(config, settings)
+        _codes.append(DONE)
+    except UserError as error:
+        _codes.append(_fail(str(error), USER_ERROR, name))
+    except Exception as error:
+        details = Path(settings.runtime.output_dir) / "run.log"
+        where = f"; details in {details}" if details.exists() else ""
+        _codes.append(_fail(f"{type(error).__name__}: {error}{where}", FAILED, name))
+
+
+def _run_job(config: DictConfig, settings: Any) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from spray.pipelines.config import SprayConfig
+    from spray.pipelines.mistakes import explain_mistake
+    from spray.pipelines.stages import in_order, load
+
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SprayConfig), config))
+    except OmegaConfBaseException as error:
+        raise UserError(explain_mistake(error)) from error
+    assert isinstance(typed, SprayConfig)
+    asked = in_order(typed.stages)
+    stages = load(asked)
+    from spray.pipelines.context import Context
+
+    if typed.plan:
+        from spray.pipelines.plan import print_plan
+
+        folder = "" if not settings.overrides.get("task") else job_folder(settings.job.override_dirname)
+        run_dir = Path(typed.run_dir, folder) if settings.mode.name == "MULTIRUN" else Path(typed.run_dir)
+        print_plan(Context(typed, run_dir.absolute(), _log), asked, stages)
+        return
+
+    from spray.pipelines.runner import locked, run_stages
+
+    run_dir = Path(settings.runtime.output_dir)
+    typed.run_dir = str(run_dir)
+    with locked(run_dir):
+        handler = _log_to_file(run_dir / "run.log")
+        try:
+            _write_config(run_dir / ".hydra", config, settings)
+            run_stages(Context(typed, run_dir, _log), asked, stages)
+            _log.info("results in %s", run_dir)
+        except BaseException as error:
+            # The traceback is for the file; the terminal gets one line.
+            handler.handle(_log.makeRecord("spray", logging.ERROR, __file__, 0, "failed", (), sys.exc_info()))
+            raise error
+        finally:
+            _log.removeHandler(handler)
+            handler.close()
+
+
+def _write_config(folder: Path, config: DictConfig, settings: Any) -> None:
+    """Write what Hydra would have written, now that the run directory is ours."""
+    from omegaconf import OmegaConf
+
+    from spray.storage import write_text
+
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    write_text(folder / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.create({"hydra": settings})))
+    write_text(folder / "overrides.yaml", OmegaConf.to_yaml(settings.overrides.task))
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Let Hydra's parser read the command line first, with errors of one line."""
+    from hydra._internal.utils import get_args_parser
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UserError(f"{message}; `spray --help` shows what there is")
+
+    parser = get_args_parser()
+    parser.__class__ = Parser
+    parser.parse_args(arguments)
+
+
+def _log_to_terminal() -> None:
+    for handler in list(_log.handlers):
+        _log.removeHandler(handler)
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    _log.addHandler(terminal)
+
+
+def _log_to_file(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _log.addHandler(handler)
+    return handler
+
+
+def _fail(message: str, code: int, job: str = "") -> int:
+    line = " ".join(message.split())
+    print(f"spray: error: {f'job {job}: ' if job else ''}{line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The configuration's schema: every key, its type and its default. The shipped values are in `conf/`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from spray.pipelines.stages import NAMES
+
+
+@dataclass
+class DatasetConfig:
+    """Which images, and what is planted in the training images."""
+
+    name: str = "photos"
+    train: str | None = None
+    test: str | None = None
+    image_size: int | None = None
+    mean: list[float] = field(default_factory=lambda: [0.5])
+    std: list[float] = field(default_factory=lambda: [0.5])
+    # A mapping, not a dataclass: one of its keys is `class`, and kinds of artifacts may bring their own.
+    plant: dict[str, Any] = field(
+        default_factory=lambda: {
+            "kind": "none",
+            "class": 0,
+            "rate": 0.25,
+            "seed": 0,
+            "place": "top_left",
+            "size": 6,
+            "jitter": 2,
+            "color": [1.0, 0.85, 0.1],
+        }
+    )
+
+
+@dataclass
+class ModelConfig:
+    """The classifier under study and, where it has no checkpoint, its training."""
+
+    name: str = "small_cnn"
+    factory: str | None = None
+    checkpoint: str | None = None
+    epochs: int = 4
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+
+
+@dataclass
+class AttributionConfig:
+    """How relevance is computed, and for which output."""
+
+    method: str = "lrp"
+    composite: str = "epsilon_plus_flat"
+    # `label`, `prediction` or a class index.
+    target: str = "label"
+    batch_size: int = 100
+    dtype: str = "float32"
+
+
+@dataclass
+class ComputeConfig:
+    """Where the work is done."""
+
+    name: str = "serial"
+
+
+@dataclass
+class AnalysisConfig:
+    """Spectral relevance analysis of each class."""
+
+    n_neighbors: int = 10
+    n_components: int = 32
+    pool: int | None = None
+    n_clusters: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8])
+    umap: bool = True
+
+
+@dataclass
+class RankConfig:
+    """How classes and clusters are scored."""
+
+    score: str = "cross_fitted"
+
+
+@dataclass
+class IsolateConfig:
+    """How artifacts are cut out and put to the test."""
+
+
+@dataclass
+class CorrectionConfig:
+    """Which corrections are tried."""
+
+    methods: list[str] = field(default_factory=lambda: ["fine_tune", "a_clarc", "p_clarc"])
+    epochs: int = 1
+
+
+@dataclass
+class VerifyConfig:
+    """How models are compared."""
+
+
+@dataclass
+class ReportConfig:
+    """What the report shows."""
+
+
+@dataclass
+class SprayConfig:
+    """The whole configuration."""
+
+    seed: int = 0
+    device: str = "auto"
+    stages: list[str] = field(default_factory=lambda: list(NAMES))
+    run_dir: str = "outputs"
+    plan: bool = False
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    isolate: IsolateConfig = field(default_factory=IsolateConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+def register_schema() -> None:
+    """Tell Hydra the schema that `conf/config.yaml` builds on."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=SprayConfig)

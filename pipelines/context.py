@@ -1,0 +1,131 @@
+"""What a stage is given: configuration, folder, device, log, data and model."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import nn
+
+from spray.data.base import ImageDataset, Normalizer
+from spray.errors import UserError
+
+if TYPE_CHECKING:
+    from spray.pipelines.config import SprayConfig
+
+T = TypeVar("T")
+
+
+class Context:
+    """Everything that a stage works with; data and model are made when first asked for.
+
+    Parameters
+    ----------
+    config : SprayConfig
+        The resolved configuration.
+    run_dir : Path
+        Where outputs go.
+    log : logging.Logger
+        Where lines about the work go.
+    """
+
+    def __init__(self, config: SprayConfig, run_dir: Path, log: logging.Logger) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.log = log
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return find_device(self.config.device)
+
+    @cached_property
+    def _datasets(self) -> tuple[ImageDataset, ImageDataset]:
+        from spray.data.loading import DATASETS
+        from spray.data.planting import planted
+
+        train, test = DATASETS.get(self.config.dataset.name)(self.config.dataset)
+        return planted(train, self.config.dataset.plant), test
+
+    @property
+    def train(self) -> ImageDataset:
+        """The training images, with the configured artifact planted in them."""
+        return self._datasets[0]
+
+    @property
+    def test(self) -> ImageDataset:
+        """The test images, clean."""
+        return self._datasets[1]
+
+    @cached_property
+    def normalizer(self) -> Normalizer:
+        """Maps pixels to the model's input."""
+        return Normalizer(self.config.dataset.mean, self.config.dataset.std)
+
+    def build_model(self) -> nn.Module:
+        """Return the architecture, with the configured checkpoint if there is one, in eval mode on the device."""
+        from spray.models.loading import build_model, load_checkpoint
+
+        options = self.config.model
+        model = build_model(
+            options.name, options.factory, len(self.train.classes), self.train.image_shape, self.config.seed
+        )
+        if options.checkpoint is not None:
+            load_checkpoint(model, options.checkpoint)
+        return model.to(self.device).eval()
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model under study: the architecture with the weights of `model.pt`."""
+        from spray.models.loading import load_checkpoint
+
+        model = self.build_model()
+        load_checkpoint(model, str(self.run_dir / "model.pt"))
+        return model.to(self.device).eval()
+
+    def forget_model(self) -> None:
+        """Let the next reader of `model` load it anew, so that no stage sees what another did to it."""
+        self.__dict__.pop("model", None)
+
+    def progress(self, iterable: Iterable[T], total: int, what: str) -> Iterator[T]:
+        """Yield from `iterable` while the terminal shows count, rate and time left; quiet without a terminal."""
+        if not sys.stderr.isatty():
+            yield from iterable
+            return
+        start = shown = time.monotonic()
+        done = 0
+        for done, item in enumerate(iterable, start=1):
+            yield item
+            now = time.monotonic()
+            if now - shown > 0.2:
+                shown = now
+                rate = done / (now - start)
+                left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
+                sys.stderr.write(f"\r{what}: {done}/{total}, {rate:.1f}/s, {left} left\x1b[K")
+                sys.stderr.flush()
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device called `name`: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises
+    ------
+    UserError
+        If there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise UserError(f"device={name} is unknown; allowed: auto, cpu, cuda, cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name} is not available: torch sees {torch.cuda.device_count()} GPUs; use device=cpu")
+    return torch.device(name)

@@ -1,0 +1,91 @@
+"""Tells a mistake in the command line or the configuration in one line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from spray.errors import UserError
+from spray.pipelines.config import SprayConfig
+
+
+def explain_mistake(error: BaseException) -> str | None:
+    """Return one line about a user's mistake: what is wrong, what to do. None if it is not a user's mistake."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the option {error.override!r}; write key=value, and quote special characters: key='\"a,b\"'"
+    if isinstance(error, MissingConfigException):
+        return _missing_config(error)
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key} is missing; give it as {cause.full_key}=VALUE"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return _unknown_key(str(cause.full_key or cause.key))
+    if isinstance(cause, ValidationError):
+        return f"{cause.full_key}: {_first_line(cause)}" if cause.full_key else _first_line(cause)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _composition(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    # Hydra raises plain ones for flags that do not go together.
+    return _first_line(error) if isinstance(error, ValueError) else None
+
+
+def _missing_config(error: MissingConfigException) -> str:
+    if error.missing_cfg_file is None or error.options is None:
+        return _first_line(error)
+    group, _, name = error.missing_cfg_file.rpartition("/")
+    return f"unknown {group} {name!r}{_hint(name, error.options)}; allowed: {', '.join(error.options)}"
+
+
+def _composition(error: BaseException) -> str:
+    text = _first_line(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1])
+    if match := re.search(r"Could not append '?([^'\s]+?)'?\.", text):
+        return f"{match[1]} is set already; write it without the plus sign"
+    return text
+
+
+def _unknown_key(key: str) -> str:
+    """Say that there is no such key, and which is meant or what there is."""
+    known = known_keys()
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == parent] or [
+        name for name in known if "." not in name
+    ]
+    return f"unknown option {key!r}{_hint(key, known)}; allowed: {', '.join(siblings)}"
+
+
+def known_keys(section: Any = SprayConfig, prefix: str = "") -> list[str]:
+    """Return every dotted key of the configuration, sections included."""
+    keys = []
+    value = section() if isinstance(section, type) else section
+    items = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else value
+    for name, part in items.items():
+        keys.append(prefix + name)
+        if is_dataclass(part) or isinstance(part, dict):
+            keys += known_keys(part, f"{prefix}{name}.")
+    return [*keys, "experiment"] if not prefix else keys
+
+
+def _hint(name: str, allowed: Any) -> str:
+    close = get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)

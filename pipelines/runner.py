@@ -1,0 +1,269 @@
+"""Runs the asked stages in a locked run directory; finished ones with nothing changed are skipped."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spray.errors import UserError
+from spray.pipelines.record import Record, changed_output, describe_outputs, digest, find_outputs, header, now
+from spray.pipelines.stage import Stage
+from spray.storage import sha256
+
+if TYPE_CHECKING:
+    from spray.pipelines.context import Context
+
+RESULT_FORMAT = 1
+"""Raised when a stage's results change though no setting does: older ones are then computed again."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done about a stage, and why."""
+
+    stage: Stage
+    key: str
+    settings: dict[str, Any]
+    upstream: dict[str, str]
+    reason: str | None
+    """Why the stage has to run; None if its results are up to date."""
+
+
+def run_stages(context: Context, asked: Sequence[str], stages: Mapping[str, Stage]) -> None:
+    """Bring the asked stages up to date; the caller holds the run directory's lock.
+
+    Parameters
+    ----------
+    context : Context
+        Configuration, run directory, data.
+    asked : sequence of str
+        Names of the stages, in order.
+    stages : mapping
+        The asked stages and all that they need, by name, in order.
+
+    Raises
+    ------
+    UserError
+        For a mistake in configuration or data, or a needed stage that is neither asked nor up to date.
+    """
+    inputs = find_inputs(context)
+    record = Record(context.run_dir)
+    decisions = decide(context, asked, stages, record, inputs)
+    waiting = [decision for decision in decisions if decision.reason is not None]
+    record.header = header(context.config, str(context.device), inputs)
+    if waiting:
+        from spray.pipelines.validate import validate
+
+        validate(context, [decision.stage.name for decision in waiting])
+    for decision in decisions:
+        record.stages.setdefault(decision.stage.name, {"status": "pending"})
+    for decision in decisions:
+        if decision.reason is None:
+            context.log.info("%s: up to date", decision.stage.name)
+        else:
+            _run(context, decision, record)
+    record.save()
+
+
+def decide(
+    context: Context,
+    asked: Sequence[str],
+    stages: Mapping[str, Stage],
+    record: Record,
+    inputs: Mapping[str, str],
+) -> list[Decision]:
+    """Say for each asked stage whether it has to run, and why.
+
+    Raises
+    ------
+    UserError
+        If a stage needs another one that is neither asked nor up to date.
+    """
+    decisions: dict[str, Decision] = {}
+    for name, stage in stages.items():
+        settings = _settings(context, stage, inputs)
+        upstream = {need: decisions[need].key for need in stage.needs}
+        key = digest({"settings": settings, "upstream": upstream, "format": RESULT_FORMAT})
+        reason = _reason(context.run_dir, record.stages.get(name), settings, key)
+        for need in stage.needs:
+            if reason is None and decisions[need].reason is not None:
+                reason = f"{need} was recomputed"
+        decisions[name] = Decision(stage, key, settings, upstream, reason)
+    for name, decision in decisions.items():
+        if name not in asked and decision.reason is not None:
+            wanted = ",".join(other for other in stages if other in asked or decisions[other].reason is not None)
+            raise UserError(
+                f"the asked stages need the results of {name}, which are not up to date in {context.run_dir} "
+                f"({decision.reason}); ask for it too: stages=[{wanted}]"
+            )
+    return [decisions[name] for name in asked]
+
+
+def find_inputs(context: Context) -> dict[str, str]:
+    """Return the hashes of what comes from outside of the configuration: images, model code, weights."""
+    inputs = {"dataset.train": context.train.fingerprint, "dataset.test": context.test.fingerprint}
+    model = context.config.model
+    if model.checkpoint is not None:
+        inputs["model.checkpoint"] = _hash_file(model.checkpoint, "model.checkpoint")
+    if model.factory is not None:
+        path = model.factory.rpartition(":")[0]
+        if path.endswith(".py"):
+            inputs["model.factory"] = _hash_file(path, "model.factory")
+    return inputs
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory alone while the block runs.
+
+    Raises
+    ------
+    UserError
+        If another process holds it.
+    """
+    with (run_dir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"another spray ({file.read().strip() or 'pid unknown'}) is using {run_dir}; "
+                "wait for it or choose another run_dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _run(context: Context, decision: Decision, record: Record) -> None:
+    """Run one stage and record it, whatever becomes of it."""
+    stage, before = decision.stage, record.stages[decision.stage.name]
+    if before["status"] == "pending" and "key" not in before:
+        context.log.info("%s: running", stage.name)
+    else:
+        context.log.info("%s: recomputed because %s", stage.name, decision.reason)
+    entry: dict[str, Any] = {
+        "status": "running",
+        "key": decision.key,
+        "settings": decision.settings,
+        "upstream": decision.upstream,
+        "seconds": None,
+        "started": now(),
+        "finished": None,
+        "outputs": {},
+        "facts": {},
+    }
+    record.stages[stage.name] = entry
+    record.mark_stale(stage.name)
+    record.save()
+    old = {path: path.stat().st_ino for path in find_outputs(context.run_dir, stage.outputs)}
+    start = time.monotonic()
+    _seed(context.config.seed)
+    try:
+        facts = stage.run(context)
+        outputs = _settle(context.run_dir, stage, old)
+        entry |= {"status": "done", "outputs": outputs, "facts": facts or {}}
+    except BaseException as error:
+        entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        raise
+    finally:
+        entry |= {"seconds": round(time.monotonic() - start, 3), "finished": now()}
+        record.save()
+        context.forget_model()
+    context.log.info("%s: done in %.1f s", stage.name, entry["seconds"])
+
+
+def _settle(run_dir: Path, stage: Stage, old: Mapping[Path, int]) -> dict[str, dict[str, Any]]:
+    """Describe what a stage wrote; remove what an earlier run of it had written beyond that.
+
+    Files are replaced whole, so that one whose inode is still the old one was not written this time.
+    """
+    for name in stage.outputs:
+        if not name.endswith("/") and not any(mark in name for mark in "*?[") and not (run_dir / name).exists():
+            raise RuntimeError(f"stage {stage.name} did not write {name}")
+    paths = []
+    for path in find_outputs(run_dir, stage.outputs):
+        if old.get(path) == path.stat().st_ino and path.relative_to(run_dir).as_posix() not in stage.outputs:
+            path.unlink()
+        else:
+            paths.append(path)
+    return describe_outputs(run_dir, paths)
+
+
+def _reason(run_dir: Path, entry: dict[str, Any] | None, settings: dict[str, Any], key: str) -> str | None:
+    """Say why a stage has to run, going by its entry in run.json; None if it is up to date."""
+    if entry is None or "key" not in entry:
+        return "it was not computed yet"
+    if changes := _changes(entry["settings"], settings):
+        return changes[0] + (f" (and {len(changes) - 1} more)" if len(changes) > 1 else "")
+    if entry["status"] == "running":
+        return "it did not finish"
+    if entry["status"] == "failed":
+        return f"it failed before ({entry['error']})"
+    if entry["status"] == "pending":
+        return str(entry["stale"])
+    if entry["key"] != key:
+        return "what it builds on changed"
+    return changed_output(run_dir, entry["outputs"])
+
+
+def _settings(context: Context, stage: Stage, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Return what decides a stage's result, flat: dotted path to value, inputs as their hashes."""
+    config = asdict(context.config)
+    settings: dict[str, Any] = {}
+    for path in stage.settings:
+        value: Any = config
+        for part in path.split("."):
+            value = value[part]
+        settings |= _flatten(path, value)
+    groups = {path.partition(".")[0] for path in stage.settings}
+    contents = {f"content of {name}": hashed for name, hashed in inputs.items() if name.partition(".")[0] in groups}
+    return settings | contents
+
+
+def _flatten(path: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {name: leaf for key, part in value.items() for name, leaf in _flatten(f"{path}.{key}", part).items()}
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    missing = object()
+    return [
+        f"{name} changed from {_show(old[name])} to {_show(new[name])}"
+        if name in old and name in new
+        else f"{name} was {'added' if name in new else 'dropped'}"
+        for name in dict.fromkeys([*new, *old])
+        if old.get(name, missing) != new.get(name, missing)
+    ]
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:18] + "…" + text[-18:]
+
+
+def _hash_file(path: str, key: str) -> str:
+    try:
+        return sha256(Path(path))
+    except OSError as error:
+        raise UserError(f"{key}={path} cannot be read: {error.strerror}") from error
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator, so that a stage gives the same result in a resumed run as in a whole one."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

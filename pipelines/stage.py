@@ -1,0 +1,36 @@
+"""What a stage of a run is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spray.pipelines.context import Context
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run: what it reads, what decides its result, what it writes.
+
+    Attributes
+    ----------
+    name : str
+        Its name, as in `stages=[…]`.
+    needs : tuple of str
+        Stages whose outputs it reads.
+    settings : tuple of str
+        Dotted configuration paths that decide its result, such as "dataset" or "model.epochs".
+    outputs : tuple of str
+        Files relative to the run directory. A glob (`corrected/*.pt`) or a folder (`virelay/`) may be
+        empty; a plain file has to be there when the stage is done.
+    run : callable
+        Does the work; what it returns is kept in run.json as the stage's facts.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    settings: tuple[str, ...]
+    outputs: tuple[str, ...]
+    run: Callable[[Context], dict[str, Any] | None]
