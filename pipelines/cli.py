@@ -1,4 +1,4 @@
-"""The command `spray`: Hydra's configuration and sweeps, one line for every mistake, meaningful exit codes."""
+"""The command `spray`: Hydra's configuration and sweeps, one line for a mistake, an exit code that tells."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def register_resolvers() -> None:
 
 
 def job_folder(overrides: str) -> str:
-    """Return a folder's name for a job of a sweep, always the same for the same overrides, such as `seed=0`."""
+    """Return the folder of a sweep's job, always the same for the same overrides, such as `seed=0`."""
     name = re.sub(r"[^\w.,=+-]+", "_", overrides)
     if name == overrides and len(name) <= 150 and name.strip("."):
         return name
@@ -113,10 +113,14 @@ def _run_job(config: DictConfig, settings: Any) -> None:
     from spray.pipelines.stages import in_order, load
 
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SprayConfig), config))
+        # From plain values, since `+key=value` slips a key past the schema otherwise.
+        plain = OmegaConf.to_container(config, resolve=True)
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SprayConfig), plain))
     except OmegaConfBaseException as error:
         raise UserError(explain_mistake(error)) from error
     assert isinstance(typed, SprayConfig)
+    if not typed.run_dir.strip():
+        raise UserError("run_dir is empty; give a folder as run_dir=DIR or leave it out")
     asked = in_order(typed.stages)
     stages = load(asked)
     from spray.pipelines.context import Context

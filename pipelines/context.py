@@ -48,6 +48,7 @@ class Context:
     @cached_property
     def _datasets(self) -> tuple[ImageDataset, ImageDataset]:
         from spray.data.loading import DATASETS
+
         from spray.data.planting import planted
 
         train, test = DATASETS.get(self.config.dataset.name)(self.config.dataset)
@@ -69,7 +70,7 @@ class Context:
         return Normalizer(self.config.dataset.mean, self.config.dataset.std)
 
     def build_model(self) -> nn.Module:
-        """Return the architecture, with the configured checkpoint if there is one, in eval mode on the device."""
+        """Return the architecture in eval mode on the device, with the checkpoint if one is configured."""
         from spray.models.loading import build_model, load_checkpoint
 
         options = self.config.model
@@ -94,7 +95,7 @@ class Context:
         self.__dict__.pop("model", None)
 
     def progress(self, iterable: Iterable[T], total: int, what: str) -> Iterator[T]:
-        """Yield from `iterable` while the terminal shows count, rate and time left; quiet without a terminal."""
+        """Yield from `iterable`; a terminal shows count, rate and time left meanwhile."""
         if not sys.stderr.isatty():
             yield from iterable
             return
@@ -126,6 +127,9 @@ def find_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise UserError(f"device={name} is unknown; allowed: auto, cpu, cuda, cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name} is not available: torch sees {torch.cuda.device_count()} GPUs; use device=cpu")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
+        raise UserError(
+            f"device={name} is not available: torch sees {count} GPUs; use device=cpu"
+        )
     return torch.device(name)

@@ -21,11 +21,12 @@ from spray.pipelines.config import SprayConfig
 
 
 def explain_mistake(error: BaseException) -> str | None:
-    """Return one line about a user's mistake: what is wrong, what to do. None if it is not a user's mistake."""
+    """Return one line about a user's mistake: what is wrong, what to do; None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OverrideParseException):
-        return f"cannot read the option {error.override!r}; write key=value, and quote special characters: key='\"a,b\"'"
+        hint = "write key=value, and quote special characters: key='\"a,b\"'"
+        return f"cannot read the option {error.override!r}; {hint}"
     if isinstance(error, MissingConfigException):
         return _missing_config(error)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error

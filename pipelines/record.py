@@ -46,7 +46,9 @@ class Record:
             try:
                 self.stages = dict(read_json(self.path)["stages"])
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path} is damaged ({error}); remove it or choose another run_dir") from error
+                raise UserError(
+                    f"{self.path} is damaged ({error}); remove it or choose another run_dir"
+                ) from error
 
     def save(self) -> None:
         """Write `run.json`, whole or not at all."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from spray.errors import UserError
 from spray.pipelines.record import Record, changed_output, describe_outputs, digest, find_outputs, header, now
 from spray.pipelines.stage import Stage
+from spray.pipelines.validate import check_settings, try_out
 from spray.storage import sha256
 
 if TYPE_CHECKING:
@@ -54,15 +55,14 @@ def run_stages(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
     UserError
         For a mistake in configuration or data, or a needed stage that is neither asked nor up to date.
     """
+    check_settings(context, asked)
     inputs = find_inputs(context)
     record = Record(context.run_dir)
     decisions = decide(context, asked, stages, record, inputs)
     waiting = [decision for decision in decisions if decision.reason is not None]
     record.header = header(context.config, str(context.device), inputs)
     if waiting:
-        from spray.pipelines.validate import validate
-
-        validate(context, [decision.stage.name for decision in waiting])
+        try_out(context, [decision.stage.name for decision in waiting])
     for decision in decisions:
         record.stages.setdefault(decision.stage.name, {"status": "pending"})
     for decision in decisions:
@@ -99,7 +99,9 @@ def decide(
         decisions[name] = Decision(stage, key, settings, upstream, reason)
     for name, decision in decisions.items():
         if name not in asked and decision.reason is not None:
-            wanted = ",".join(other for other in stages if other in asked or decisions[other].reason is not None)
+            wanted = ",".join(
+                other for other in stages if other in asked or decisions[other].reason is not None
+            )
             raise UserError(
                 f"the asked stages need the results of {name}, which are not up to date in {context.run_dir} "
                 f"({decision.reason}); ask for it too: stages=[{wanted}]"
@@ -188,7 +190,11 @@ def _settle(run_dir: Path, stage: Stage, old: Mapping[Path, int]) -> dict[str, d
     Files are replaced whole, so that one whose inode is still the old one was not written this time.
     """
     for name in stage.outputs:
-        if not name.endswith("/") and not any(mark in name for mark in "*?[") and not (run_dir / name).exists():
+        if (
+            not name.endswith("/")
+            and not any(mark in name for mark in "*?[")
+            and not (run_dir / name).exists()
+        ):
             raise RuntimeError(f"stage {stage.name} did not write {name}")
     paths = []
     for path in find_outputs(run_dir, stage.outputs):
@@ -226,14 +232,18 @@ def _settings(context: Context, stage: Stage, inputs: Mapping[str, str]) -> dict
             value = value[part]
         settings |= _flatten(path, value)
     groups = {path.partition(".")[0] for path in stage.settings}
-    contents = {f"content of {name}": hashed for name, hashed in inputs.items() if name.partition(".")[0] in groups}
+    contents = {
+        f"content of {name}": hashed for name, hashed in inputs.items() if name.partition(".")[0] in groups
+    }
     return settings | contents
 
 
 def _flatten(path: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
-    return {name: leaf for key, part in value.items() for name, leaf in _flatten(f"{path}.{key}", part).items()}
+    return {
+        name: leaf for key, part in value.items() for name, leaf in _flatten(f"{path}.{key}", part).items()
+    }
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
