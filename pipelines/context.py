@@ -129,7 +129,5 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"device={name} is unknown; allowed: auto, cpu, cuda, cuda:N")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
-        raise UserError(
-            f"device={name} is not available: torch sees {count} GPUs; use device=cpu"
-        )
+        raise UserError(f"device={name} is not available: torch sees {count} GPUs; use device=cpu")
     return torch.device(name)

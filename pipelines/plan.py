@@ -37,11 +37,10 @@ def print_plan(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
     print(f"run_dir: {context.run_dir}")
     for decision in decisions:
         seconds = record.stages.get(decision.stage.name, {}).get("seconds")
-        before = (
-            f" (took {seconds:.0f} s before)" if seconds is not None and decision.reason is not None else ""
-        )
-        what = f"would run: {decision.reason}" if decision.reason is not None else "up to date"
-        print(f"  {decision.stage.name:<10}{what}{before}")
+        what = "up to date"
+        if decision.reason is not None:
+            what = f"would run: {decision.reason}" + (f" (took {seconds:.0f} s before)" if seconds else "")
+        print(f"  {decision.stage.name:<10}{what}")
     train = context.train
     print(f"samples: {len(train)} training, {len(context.test)} test, {len(train.classes)} classes")
     print(f"attributions.h5: {human_bytes(attribution_bytes(context))}")
@@ -52,12 +51,11 @@ def print_plan(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
 
 
 def attribution_bytes(context: Context) -> int:
-    """Return the size of `attributions.h5`'s data: relevance, label and prediction of every training sample."""
-    item = np.dtype(context.config.attribution.dtype).itemsize
+    """Return the bytes of `attributions.h5`: relevance, label and prediction of every training sample."""
+    train = context.train
+    relevance = prod(train.image_shape) * np.dtype(context.config.attribution.dtype).itemsize
     label, logit = 8, 4
-    return len(context.train) * (
-        prod(context.train.image_shape) * item + label + len(context.train.classes) * logit
-    )
+    return len(train) * (relevance + label + len(train.classes) * logit)
 
 
 def attribution_seconds(context: Context) -> float:

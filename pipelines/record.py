@@ -46,9 +46,7 @@ class Record:
             try:
                 self.stages = dict(read_json(self.path)["stages"])
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self.path} is damaged ({error}); remove it or choose another run_dir"
-                ) from error
+                raise UserError(f"{self.path} is damaged ({error}); choose another run_dir") from error
 
     def save(self) -> None:
         """Write `run.json`, whole or not at all."""
@@ -88,7 +86,7 @@ def now() -> str:
 
 
 def git_sha() -> str | None:
-    """Return the commit of the checkout that spray runs from, `-dirty` if it was changed; None outside of one."""
+    """Return the commit of the checkout that spray runs from, `-dirty` if changed; None outside of one."""
     checkout = Path(spray.__file__).resolve().parent.parent
     if not (checkout / ".git").exists():
         return None
@@ -106,6 +104,12 @@ def find_outputs(run_dir: Path, patterns: Iterable[str]) -> list[Path]:
         for path in run_dir.glob(pattern.rstrip("/")):
             found.update([path] if path.is_file() else path.rglob("*"))
     return sorted(path for path in found if path.is_file() and not path.name.endswith(".tmp"))
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Return what tells a file that was written again from one that was not: inode and time of change."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def describe_outputs(run_dir: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:

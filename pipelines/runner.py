@@ -10,11 +10,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spray.errors import UserError
-from spray.pipelines.record import Record, changed_output, describe_outputs, digest, find_outputs, header, now
+from spray.pipelines.record import (
+    Record,
+    changed_output,
+    describe_outputs,
+    digest,
+    find_outputs,
+    header,
+    now,
+    stamp,
+)
 from spray.pipelines.stage import Stage
 from spray.pipelines.validate import check_settings, try_out
 from spray.storage import sha256
@@ -99,12 +109,10 @@ def decide(
         decisions[name] = Decision(stage, key, settings, upstream, reason)
     for name, decision in decisions.items():
         if name not in asked and decision.reason is not None:
-            wanted = ",".join(
-                other for other in stages if other in asked or decisions[other].reason is not None
-            )
+            wanted = [other for other in stages if other in asked or decisions[other].reason is not None]
             raise UserError(
                 f"the asked stages need the results of {name}, which are not up to date in {context.run_dir} "
-                f"({decision.reason}); ask for it too: stages=[{wanted}]"
+                f"({decision.reason}); ask for it too: stages=[{','.join(wanted)}]"
             )
     return [decisions[name] for name in asked]
 
@@ -167,13 +175,16 @@ def _run(context: Context, decision: Decision, record: Record) -> None:
     record.stages[stage.name] = entry
     record.mark_stale(stage.name)
     record.save()
-    old = {path: path.stat().st_ino for path in find_outputs(context.run_dir, stage.outputs)}
+    old = {path: stamp(path) for path in find_outputs(context.run_dir, stage.outputs)}
+    own = [path for path in old if _wrote(before, path, context.run_dir)]
     start = time.monotonic()
     _seed(context.config.seed)
     try:
         facts = stage.run(context)
-        outputs = _settle(context.run_dir, stage, old)
-        entry |= {"status": "done", "outputs": outputs, "facts": facts or {}}
+        for path in own:
+            if stamp(path) == old[path] and path.relative_to(context.run_dir).as_posix() not in stage.outputs:
+                path.unlink()
+        entry |= {"status": "done", "outputs": _outputs(context.run_dir, stage, old), "facts": facts or {}}
     except BaseException as error:
         entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         raise
@@ -184,25 +195,24 @@ def _run(context: Context, decision: Decision, record: Record) -> None:
     context.log.info("%s: done in %.1f s", stage.name, entry["seconds"])
 
 
-def _settle(run_dir: Path, stage: Stage, old: Mapping[Path, int]) -> dict[str, dict[str, Any]]:
-    """Describe what a stage wrote; remove what an earlier run of it had written beyond that.
-
-    Files are replaced whole, so that one whose inode is still the old one was not written this time.
-    """
+def _outputs(run_dir: Path, stage: Stage, old: Mapping[Path, Any]) -> dict[str, dict[str, Any]]:
+    """Describe what a stage wrote: the files it names, and of folders and globs those that are not old."""
     for name in stage.outputs:
-        if (
-            not name.endswith("/")
-            and not any(mark in name for mark in "*?[")
-            and not (run_dir / name).exists()
-        ):
+        may_be_empty = name.endswith("/") or any(mark in name for mark in "*?[")
+        if not may_be_empty and not (run_dir / name).exists():
             raise RuntimeError(f"stage {stage.name} did not write {name}")
-    paths = []
-    for path in find_outputs(run_dir, stage.outputs):
-        if old.get(path) == path.stat().st_ino and path.relative_to(run_dir).as_posix() not in stage.outputs:
-            path.unlink()
-        else:
-            paths.append(path)
-    return describe_outputs(run_dir, paths)
+    found = find_outputs(run_dir, stage.outputs)
+    named = [run_dir / name for name in stage.outputs]
+    return describe_outputs(
+        run_dir, [path for path in found if path in named or stamp(path) != old.get(path)]
+    )
+
+
+def _wrote(entry: Mapping[str, Any], path: Path, run_dir: Path) -> bool:
+    """Say whether an earlier run of a stage wrote a file, so that a later one may remove it."""
+    if entry.get("status") in ("running", "failed"):
+        return path.stat().st_mtime >= datetime.fromisoformat(entry["started"]).timestamp()
+    return path.relative_to(run_dir).as_posix() in entry.get("outputs", {})
 
 
 def _reason(run_dir: Path, entry: dict[str, Any] | None, settings: dict[str, Any], key: str) -> str | None:
@@ -232,18 +242,15 @@ def _settings(context: Context, stage: Stage, inputs: Mapping[str, str]) -> dict
             value = value[part]
         settings |= _flatten(path, value)
     groups = {path.partition(".")[0] for path in stage.settings}
-    contents = {
-        f"content of {name}": hashed for name, hashed in inputs.items() if name.partition(".")[0] in groups
-    }
-    return settings | contents
+    used = {name: hashed for name, hashed in inputs.items() if name.partition(".")[0] in groups}
+    return settings | {f"content of {name}": hashed for name, hashed in used.items()}
 
 
 def _flatten(path: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
-    return {
-        name: leaf for key, part in value.items() for name, leaf in _flatten(f"{path}.{key}", part).items()
-    }
+    parts = [_flatten(f"{path}.{key}", part) for key, part in value.items()]
+    return {name: leaf for part in parts for name, leaf in part.items()}
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

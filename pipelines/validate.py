@@ -1,4 +1,4 @@
-"""Checks a whole configuration before the first stage spends time on it: values, data, model on two samples."""
+"""Checks a whole configuration, with data and model, before the first stage spends time on it."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def try_out(context: Context, stages: Collection[str]) -> None:
         relevance = attribute_batch(context, model, images, target if isinstance(target, int) else 0)
         if relevance.shape != images.shape:
             raise UserError(
-                f"attribution.method={context.config.attribution.method} gives shape {tuple(relevance.shape)} "
-                f"for images of shape {tuple(images.shape)}; choose another method"
+                f"attribution.method={context.config.attribution.method} gives shape "
+                f"{tuple(relevance.shape)} for images of shape {tuple(images.shape)}; choose another method"
             )
 
 
@@ -80,8 +80,8 @@ def check_outputs(logits: Tensor, n_classes: int) -> None:
     """Refuse a model's outputs (n, k) that are not finite or not one for each class."""
     if logits.ndim != 2 or logits.shape[1] != n_classes:
         raise UserError(
-            f"the model gives outputs of shape {tuple(logits.shape)} for {len(logits)} images, but the dataset has "
-            f"{n_classes} classes; give a model with {n_classes} outputs"
+            f"the model gives outputs of shape {tuple(logits.shape)} for {len(logits)} images, but the dataset "
+            f"has {n_classes} classes; give a model with {n_classes} outputs"
         )
     if not torch.isfinite(logits).all():
         raise UserError(
@@ -96,7 +96,8 @@ def find_target(target: str, n_classes: int) -> str | int:
     if target.isdigit() and int(target) < n_classes:
         return int(target)
     raise UserError(
-        f"attribution.target={target} is unknown; allowed: label, prediction or a class index up to {n_classes - 1}"
+        f"attribution.target={target} is unknown; allowed: label, prediction or a class index up to "
+        f"{n_classes - 1}"
     )
 
 
@@ -118,8 +119,8 @@ def _check_data(context: Context) -> None:
     if train.classes != test.classes:
         different = sorted(set(train.classes) ^ set(test.classes))
         raise UserError(
-            f"training and test images have different classes ({', '.join(different[:5]) or 'another order'}); "
-            "give both folders the same ones"
+            "training and test images have different classes "
+            f"({', '.join(different[:5]) or 'another order'}); give both folders the same ones"
         )
     for part, name in ((train, "training"), (test, "test")):
         sizes = np.bincount(part.labels, minlength=len(part.classes))
@@ -129,7 +130,8 @@ def _check_data(context: Context) -> None:
     for key, values in (("mean", options.mean), ("std", options.std)):
         if len(values) not in (1, train.image_shape[0]):
             raise UserError(
-                f"dataset.{key}={values} has {len(values)} numbers, but the images have {train.image_shape[0]} channels"
+                f"dataset.{key}={values} has {len(values)} numbers, but the images have "
+                f"{train.image_shape[0]} channels"
             )
 
 
@@ -139,7 +141,8 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
             logits = model(images)
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(
-            f"the model cannot take images of shape {tuple(images.shape[1:])}: {error}; check dataset.image_size"
+            f"the model cannot take images of shape {tuple(images.shape[1:])}: {error}; "
+            "check dataset.image_size"
         ) from error
     if not isinstance(logits, Tensor):
         raise UserError(f"the model returns {type(logits).__name__}; it has to return a tensor (N, classes)")
