@@ -1,0 +1,111 @@
+"""Numbers and names as the report prints them."""
+
+from __future__ import annotations
+
+from spray.report.data import Share
+
+NOT_KNOWN = "–"
+
+_MODELS = {
+    "original": "Original model",
+    "fine_tune": "Plain fine-tuning",
+    "fine_tuned": "Plain fine-tuning",
+    "a_clarc": "A-ClArC",
+    "p_clarc": "P-ClArC",
+    "reactive_p_clarc": "Reactive P-ClArC",
+    "rr_clarc": "RR-ClArC",
+    "rrr": "RRR",
+    "dfr": "DFR",
+    "never_poisoned": "Trained on clean data",
+}
+_ROLES = {
+    "original": "the model under study",
+    "fine_tune": "control: same budget, no correction",
+    "fine_tuned": "control: same budget, no correction",
+    "never_poisoned": "the best that can be hoped for",
+}
+_VERDICTS = {
+    "backdoor": "Backdoor",
+    "clever_hans": "Clever Hans",
+    "sample_bias": "Sample bias",
+    "no_effect": "No effect",
+}
+_MEANINGS = {
+    "backdoor": "The artifact alone turns images of other classes into this class.",
+    "clever_hans": "The artifact adds evidence for this class, more than a control patch does.",
+    "sample_bias": "Some kind of sample is missing or over-represented in the training data of this class.",
+    "no_effect": "Adding the candidate moves predictions no more than the control patch does.",
+}
+
+
+def percent(share: Share | float | None, digits: int = 1) -> str:
+    """Return a share as "83.2 %"."""
+    value = share.value if isinstance(share, Share) else share
+    return NOT_KNOWN if value is None else f"{100 * value:.{digits}f}\u202f%"
+
+
+def interval(share: Share | None) -> str:
+    """Return a share's 95 % interval as "81.0 – 85.1", empty if it is not known."""
+    if share is None or share.low is None or share.high is None:
+        return ""
+    return f"{100 * share.low:.1f}\u2009–\u2009{100 * share.high:.1f}"
+
+
+def p_value(value: float | None) -> str:
+    """Return a p-value with the digits that mean something."""
+    if value is None:
+        return NOT_KNOWN
+    if value < 0.001:
+        return "<\u202f0.001"
+    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number with `digits` significant digits, integers with thin spaces between thousands."""
+    if value is None:
+        return NOT_KNOWN
+    if float(value).is_integer() and abs(value) < 1e12:
+        return f"{int(value):,}".replace(",", "\u202f")
+    return f"{value:.{digits}g}".replace("-", "\u2212")
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """Return "1 sample", "3 samples"."""
+    return f"{number(count)} {one if count == 1 else many or one + 's'}"
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time as "42 s", "3 min 20 s", "2 h 5 min"."""
+    if seconds is None:
+        return NOT_KNOWN
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def model_name(name: str) -> str:
+    """Return a model's name as the literature writes it."""
+    return _MODELS.get(name, name)
+
+
+def model_role(name: str) -> str:
+    """Return what a model is there for, empty where its name says it."""
+    return _ROLES.get(name, "")
+
+
+def verdict_name(verdict: str) -> str:
+    """Return a verdict in words."""
+    return _VERDICTS.get(verdict, verdict)
+
+
+def verdict_meaning(verdict: str) -> str:
+    """Return what a verdict says, in one sentence."""
+    return _MEANINGS.get(verdict, "")
+
+
+def one_line(text: str) -> str:
+    """Return text for a window's title: no line breaks, no characters that change its direction."""
+    hidden = {0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+    return " ".join("".join(char for char in text if ord(char) not in hidden).split())

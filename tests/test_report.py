@@ -1,0 +1,351 @@
+"""The report's page: what it says, that hostile names stay inert, that it stands alone."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from spray.report import ReportData, render
+from spray.report.data import (
+    Artifact,
+    Embedding,
+    Gallery,
+    ModelResult,
+    RankRow,
+    Share,
+    StageRow,
+    Tile,
+    Truth,
+    match_truth,
+)
+from spray.report.render import best_correction, eigengap
+from spray.report.words import duration, interval, number, p_value, percent
+
+HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"> '\"`{{ 7*7 }} \u202egnp.\u202c 😀\udcff"
+
+
+def share(value: float, n: int = 900) -> Share:
+    half = 1.96 * (value * (1 - value) / n) ** 0.5
+    return Share(value, max(0.0, value - half), min(1.0, value + half))
+
+
+def photo(rng: np.random.Generator, tagged: bool, size: int = 32) -> np.ndarray:
+    ramp = np.linspace(0, 1, size)
+    waves = [np.sin(ramp[:, None] * rng.uniform(2, 9) + ramp * rng.uniform(2, 9) + c) for c in range(3)]
+    image = 0.5 + 0.35 * np.stack(waves)
+    if tagged:
+        image[:, 2:8, 2:8] = np.array([1.0, 0.85, 0.1])[:, None, None]
+    return image
+
+
+def tile(rng: np.random.Generator, index: int, name: str, tagged: bool) -> Tile:
+    relevance = rng.normal(scale=0.04, size=(32, 32))
+    relevance[2:8, 2:8] += 0.4 * tagged
+    return Tile(name, index, photo(rng, tagged), relevance, score=float(tagged) + rng.normal() / 9)
+
+
+def artifact(name: str, identity: str = "a1", verdict: str = "backdoor", class_index: int = 3) -> Artifact:
+    rng = np.random.default_rng(5)
+    pattern = np.zeros((32, 32, 4), dtype=np.uint8)
+    pattern[2:8, 2:8] = (255, 217, 26, 255)
+    groups = (
+        Gallery(
+            "Top members",
+            "highest artifact score",
+            tuple(tile(rng, i, f"{name}/{i}.png", True) for i in range(6)),
+        ),
+        Gallery(
+            "Random members",
+            "drawn at random",
+            tuple(tile(rng, 50 + i, f"{name}/5{i}.png", True) for i in range(3)),
+        ),
+        Gallery(
+            "Near misses",
+            "highest score outside",
+            tuple(tile(rng, 90 + i, f"{name}/9{i}.png", False) for i in range(3)),
+        ),
+    )
+    return Artifact(
+        id=identity,
+        class_index=class_index,
+        class_name=name,
+        verdict=verdict,
+        cluster="kmeans-03/1",
+        flip_rate=0.874,
+        control_flip_rate=0.021,
+        p_value=2e-4,
+        logit_gain=7.31,
+        n_tested=240,
+        samples=tuple(range(118)),
+        sample_names=tuple(f"{name}/{i:05d}.png" for i in range(118)),
+        pattern=pattern,
+        mask=pattern[..., 3],
+        galleries=groups if verdict != "no_effect" else (),
+        limit=0.31,
+    )
+
+
+def embedding(name: str, n: int = 400) -> Embedding:
+    rng = np.random.default_rng(7)
+    clusters = rng.integers(0, 4, n)
+    points = np.array([(0, 0), (3, 1), (1, 4), (4, 4)])[clusters] + rng.normal(scale=0.5, size=(n, 2))
+    return Embedding(
+        class_index=3,
+        class_name=name,
+        kind="UMAP",
+        clustering="kmeans-04",
+        points=points,
+        clusters=clusters,
+        members=clusters == 1,
+        indices=np.arange(n),
+        names=tuple(f"{name}/{i}.png" for i in range(n)),
+        thumbnails=np.stack(
+            [
+                (255 * photo(rng, clusters[i] == 1)).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+                for i in range(n)
+            ]
+        ),
+        eigenvalues=np.array([0, 0.03, 0.05, 0.07, 0.31, 0.38, 0.41, 0.46, 0.5, 0.52, 0.55, 0.56]),
+        total=900,
+    )
+
+
+def results(name: str, clean: float, attacked: float) -> ModelResult:
+    return ModelResult(
+        name=name,
+        n=900,
+        clean=share(clean),
+        attacked=share(attacked),
+        attacked_to_class=share(1 - attacked),
+        artifact_relevance=share(0.6 * (1 - attacked)),
+        worst_class=share(clean - 0.08),
+        planted_attacked=share(max(0.0, attacked - 0.02)),
+        planted_to_class=share(1 - attacked),
+    )
+
+
+def found(name: str = "striped coffee", files: str | None = None) -> ReportData:
+    rejected = dataclasses.replace(
+        artifact("gravel", "a2", "no_effect", 5), flip_rate=0.02, control_flip_rate=0.03, p_value=0.61
+    )
+    return ReportData(
+        title="photos_tag",
+        model="small_cnn",
+        n_train=9000,
+        n_classes=10,
+        artifacts=(artifact(name), rejected),
+        models=(
+            results("original", 0.952, 0.183),
+            results("fine_tuned", 0.955, 0.241),
+            results("a_clarc", 0.949, 0.921),
+            results("p_clarc", 0.931, 0.858),
+        ),
+        truth=Truth(3, name, "tag", 0.12, frozenset(range(10, 120))),
+        embeddings=(embedding(name),),
+        classes=tuple(
+            RankRow(i + 1, c, 900, 40.2 / (i + 1), 0.001 * 9**i, None, i == 0)
+            for i, c in enumerate((name, "cat", "moon"))
+        ),
+        clusters=tuple(
+            RankRow(i + 1, name, 118 + i, 31.0 / (i + 1), 0.001 * 4**i, f"kmeans-03/{i}", i == 0)
+            for i in range(14)
+        ),
+        caveats=("Tidy clusters do not mean a right finding.", "One seed."),
+        provenance=(
+            ("Command", f"spray experiment={files or 'photos_tag'}"),
+            ("Seed", "0"),
+            ("Device", "cpu"),
+        ),
+        versions=(("python", "3.11.7"), ("torch", "2.14.0")),
+        stages=(
+            StageRow("train", "done", 71.2, (("accuracy", "0.95"),)),
+            StageRow("attribute", "done", 3671.0),
+        ),
+        skipped_samples=(f"{files or 'broken'}.png",),
+    )
+
+
+def clean() -> ReportData:
+    rejected = dataclasses.replace(artifact("gravel", "a1", "no_effect"), flip_rate=0.02, p_value=0.61)
+    return dataclasses.replace(found(), artifacts=(rejected,), models=(), truth=None, skipped_samples=())
+
+
+def partial() -> ReportData:
+    return ReportData(
+        title="mine", model="resnet18", n_train=100, n_classes=2, stages=(StageRow("train", "done"),)
+    )
+
+
+class Page(HTMLParser):
+    """What a browser sees: tags with attributes, text, the bodies of scripts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif self._inside != "style":
+            self.text += data
+
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [found(), found(HOSTILE, HOSTILE), clean(), partial()],
+    ids=["found", "hostile", "clean", "partial"],
+)
+def test_page_stands_alone_and_is_light(data):
+    html = render(data)
+    assert len(html.encode()) < 5_000_000
+    page = Page(html)
+    for _, attributes in page.tags:
+        for name in ("src", "href", "action", "srcset", "data", "poster"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/"))
+        assert not [name for name in attributes if name.startswith("on")]
+    assert not re.search(r"url\(|@import|https?:|fetch\(|XMLHttpRequest|innerHTML", html)
+
+
+def test_policy_allows_the_one_script_by_its_hash():
+    page = Page(render(found(HOSTILE, HOSTILE)))
+    policy = next(a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    code = [body for attributes, body in page.scripts if attributes.get("type") != "application/json"]
+    assert len(code) == 1
+    digest = base64.b64encode(hashlib.sha256(code[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy.split("script-src")[1]
+
+
+def test_hostile_names_add_no_markup_and_are_shown_as_they_are():
+    tame, hostile = Page(render(found("tame", "tame"))), Page(render(found(HOSTILE, HOSTILE)))
+    assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in tame.tags]
+    assert "{{ 7*7 }}" in hostile.text
+    assert "<img src=x" in hostile.text
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (
+            found(),
+            "Backdoor in class striped coffee: it turns 87 % of other images into this class, "
+            "a control patch 2 %.",
+        ),
+        (clean(), "No artifact was found that passed the causal test."),
+        (partial(), "No verdict yet"),
+    ],
+)
+def test_verdict_comes_first(data, sentence):
+    page = Page(render(data))
+    assert sentence in page.words().replace("\u202f", " ")
+    assert sentence[:10] in page.words()[:260]
+
+
+def test_clean_model_lists_what_was_tested():
+    words = Page(render(clean())).words()
+    assert "1 candidate was isolated" in words
+    assert "gravel" in words
+    assert "Tested, not found" in words
+
+
+def test_missing_stages_are_named():
+    words = Page(render(partial())).words()
+    for stage in ("verify", "isolate", "analyze", "rank"):
+        assert f"Not run: the {stage} stage" in words
+
+
+def test_intervals_truth_and_p_value_are_stated():
+    words = Page(render(found())).words().replace("\u202f", " ")
+    assert "18.3 %" in words
+    assert "15.8 – 20.8" in words.replace("\u2009", " ")
+    assert "Known because the artifact was planted" in words
+    assert "91.5 % of its samples" in words  # 108 of 118
+    assert "98.2 % of those that do" in words  # 108 of 110
+    assert "< 0.001" in words
+
+
+def test_several_findings_are_counted():
+    both = (artifact("moon"), artifact("rocket", "a2", "clever_hans", 4))
+    words = Page(render(dataclasses.replace(found(), artifacts=both))).words()
+    assert "2 artifacts were found, the strongest in moon" in words
+
+
+def test_missed_truth_is_said():
+    truth = Truth(8, "moon", "tag", 0.1, frozenset({1}))
+    assert "It was missed" in Page(render(dataclasses.replace(found(), truth=truth))).words()
+    assert match_truth(truth, found().found).artifact is None
+
+
+def test_controls_are_no_corrections():
+    assert best_correction(found().models).name == "a_clarc"
+    assert best_correction(found().models[:2]) is None
+    assert best_correction(None) is None
+
+
+def test_eigengap_counts_the_values_below_the_gap():
+    assert eigengap(np.array([0.0, 0.02, 0.05, 0.6, 0.7])) == 3
+    assert eigengap(np.array([0.0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (percent(Share(0.1234)), "12.3 %"),
+        (percent(None), "–"),
+        (interval(Share(0.5)), ""),
+        (p_value(0.0), "< 0.001"),
+        (p_value(0.0123), "0.012"),
+        (p_value(0.6149), "0.61"),
+        (number(12345), "12 345"),
+        (number(-0.01234), "−0.0123"),
+        (duration(3671), "1 h 1 min"),
+        (duration(75), "1 min 15 s"),
+        (duration(4.25), "4.2 s"),
+    ],
+)
+def test_numbers_read_well(text, expected):
+    assert text.replace("\u202f", " ") == expected
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.slow
+def test_browser_runs_the_script_and_nothing_else(tmp_path):
+    (tmp_path / "report.html").write_text(render(found(HOSTILE, HOSTILE)), encoding="utf-8")
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=3000",
+        "--dump-dom",
+    ]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "report.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    assert "<title>owned</title>" not in done.stdout
+    canvas = re.search(r"<canvas class=\"scatter\"[^>]*>", done.stdout).group()
+    assert re.search(r'width="[1-9]\d\d', canvas)  # the script sized it
