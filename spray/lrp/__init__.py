@@ -1,0 +1,24 @@
+"""Layer-wise relevance propagation for unmodified PyTorch models."""
+
+from __future__ import annotations
+
+from spray.lrp.composites import COMPOSITES, Composite, build_composite
+from spray.lrp.engine import propagate
+from spray.lrp.rules import RULES, AlphaBeta, Epsilon, Flat, Gamma, Rule, WSquare, ZBox, Zero, ZPlus
+
+__all__ = [
+    "COMPOSITES",
+    "RULES",
+    "AlphaBeta",
+    "Composite",
+    "Epsilon",
+    "Flat",
+    "Gamma",
+    "Rule",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
+    "Zero",
+    "build_composite",
+    "propagate",
+]

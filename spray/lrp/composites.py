@@ -1,0 +1,191 @@
+"""Composites: which rule each layer of a model gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from spray.errors import UserError
+from spray.lrp.rules import RULES, AlphaBeta, Epsilon, Flat, Gamma, Rule, WSquare, ZBox, Zero, ZPlus
+from spray.registry import Registry
+
+KINDS = ("first", "convolution", "linear")
+OPTIONS = ("epsilon", "gamma", "low", "high")
+
+
+@dataclass(frozen=True)
+class Composite:
+    """An assignment of rules to layers.
+
+    Parameters
+    ----------
+    convolution, linear : Rule
+        For (transposed) convolutions and for fully connected layers.
+    first : Rule, optional
+        For affine layers that no other affine layer comes before, in the order of execution.
+    names : mapping of str to Rule
+        For layers by name or glob; goes before the kinds, the first match counts.
+    stabilizer : float, optional
+        The stabiliser where relevance is divided by contribution (sums, averages, batch normalisation alone).
+    """
+
+    convolution: Rule = field(default_factory=Epsilon)
+    linear: Rule = field(default_factory=Epsilon)
+    first: Rule | None = None
+    names: Mapping[str, Rule] = field(default_factory=dict)
+    stabilizer: float | None = None
+
+    def rule(self, kind: str, name: str, first: bool) -> Rule:
+        """Return the rule of a layer of a kind ("convolution", "linear") and name."""
+        for pattern, rule in self.names.items():
+            if fnmatchcase(name, pattern):
+                return rule
+        if first and self.first is not None:
+            return self.first
+        return self.convolution if kind == "convolution" else self.linear
+
+
+Recipe = Any
+COMPOSITES: Registry[Recipe] = Registry("composite")
+
+
+@COMPOSITES.register("lrp_0")
+def lrp_0() -> Composite:
+    """LRP-0 everywhere: gradient × input on a piecewise-linear network."""
+    return Composite(Zero(), Zero(), stabilizer=0.0)
+
+
+@COMPOSITES.register("epsilon")
+def epsilon_everywhere(epsilon: float | None = None) -> Composite:
+    """LRP-ε in all layers."""
+    return Composite(Epsilon(epsilon), Epsilon(epsilon))
+
+
+@COMPOSITES.register("epsilon_plus")
+def epsilon_plus(epsilon: float | None = None) -> Composite:
+    """z⁺ in convolutions, ε in fully connected layers."""
+    return Composite(ZPlus(), Epsilon(epsilon))
+
+
+@COMPOSITES.register("epsilon_plus_flat")
+def epsilon_plus_flat(epsilon: float | None = None) -> Composite:
+    """Flat in the first layer, z⁺ in the other convolutions, ε in fully connected layers."""
+    return Composite(ZPlus(), Epsilon(epsilon), first=Flat())
+
+
+@COMPOSITES.register("epsilon_gamma_box")
+def epsilon_gamma_box(
+    low: Any = None, high: Any = None, epsilon: float | None = None, gamma: float = 0.25
+) -> Composite:
+    """zᴮ in the first layer, γ in the other convolutions, ε in fully connected layers."""
+    return Composite(Gamma(gamma), Epsilon(epsilon), first=z_box(low, high, "epsilon_gamma_box"))
+
+
+@COMPOSITES.register("epsilon_alpha2_beta1")
+def epsilon_alpha2_beta1(epsilon: float | None = None) -> Composite:
+    """α2β1 in convolutions, ε in fully connected layers."""
+    return Composite(AlphaBeta(2, 1), Epsilon(epsilon))
+
+
+@COMPOSITES.register("epsilon_alpha2_beta1_flat")
+def epsilon_alpha2_beta1_flat(epsilon: float | None = None) -> Composite:
+    """Flat in the first layer, α2β1 in the other convolutions, ε in fully connected layers."""
+    return Composite(AlphaBeta(2, 1), Epsilon(epsilon), first=Flat())
+
+
+@COMPOSITES.register("excitation_backprop")
+def excitation_backprop() -> Composite:
+    """z⁺ in all layers (Zhang et al. 2016)."""
+    return Composite(ZPlus(), ZPlus())
+
+
+@COMPOSITES.register("deep_taylor")
+def deep_taylor(low: Any = None, high: Any = None) -> Composite:
+    """z⁺ in all layers but the first, which gets zᴮ if `low` and `high` are given, else w² (Montavon et al. 2017)."""
+    bounded = low is not None or high is not None
+    return Composite(ZPlus(), ZPlus(), first=z_box(low, high, "deep_taylor") if bounded else WSquare())
+
+
+def z_box(low: Any, high: Any, composite: str) -> ZBox:
+    """Return the zᴮ rule, or raise a UserError if a bound is missing."""
+    missing = " and ".join(f"{name}=" for name, value in (("low", low), ("high", high)) if value is None)
+    if missing:
+        raise UserError(
+            f"{composite} needs {missing}: the least and greatest value of the model's input per channel, after "
+            "normalisation; (0 - mean) / std and (1 - mean) / std for images"
+        )
+    return ZBox(low, high)
+
+
+def build_composite(composite: str | Mapping[str, Rule | str], model: nn.Module, **options: Any) -> Composite:
+    """Return the composite that a name or mapping stands for.
+
+    Parameters
+    ----------
+    composite : str or mapping
+        A registered name, or a mapping from kinds ("first", "convolution", "linear") and module names or globs to
+        rules or names of rules. Layers it doesn't mention get the ε rule.
+    model : nn.Module
+        The model whose module names the mapping means.
+    **options
+        `epsilon`, `gamma`, `low`, `high`: those that the composite's rules take.
+
+    Raises
+    ------
+    UserError
+        For an unknown composite, rule, option or module name.
+    """
+    check_options(options)
+    if isinstance(composite, str):
+        recipe = COMPOSITES.get(composite)
+        allowed = recipe.__code__.co_varnames[: recipe.__code__.co_argcount]
+        refuse_options(set(options) - set(allowed), f"composite {composite!r}", allowed)
+        return recipe(**options)  # type: ignore[no-any-return]
+    return from_mapping(composite, model, options)
+
+
+def from_mapping(mapping: Mapping[str, Rule | str], model: nn.Module, options: dict[str, Any]) -> Composite:
+    """Return the composite that a mapping from kinds and module names to rules describes."""
+    modules = [name for name, _ in model.named_modules()]
+    rules: dict[str, Rule] = {}
+    used: set[str] = set()
+    for key, value in mapping.items():
+        if key not in KINDS and not any(fnmatchcase(name, key) for name in modules):
+            raise UserError(
+                f"the composite names {key!r}, which is neither a kind of layer ({', '.join(KINDS)}) nor a module "
+                "of the model (see model.named_modules())"
+            )
+        rules[key] = value if isinstance(value, Rule) else named_rule(value, options, used)
+    refuse_options(set(options) - used, "this mapping's rules", sorted(used))
+    kinds = {kind: rules.pop(kind) for kind in KINDS if kind in rules}
+    return Composite(**kinds, names=rules)  # type: ignore[arg-type]
+
+
+def named_rule(name: str, options: dict[str, Any], used: set[str]) -> Rule:
+    """Return the rule called `name` with its options, whose names are added to `used`."""
+    rule = RULES.get(name)
+    taken = {f.name for f in fields(rule) if f.name in options}  # type: ignore[arg-type]
+    used |= taken
+    if rule is ZBox:
+        return z_box(options.get("low"), options.get("high"), "the z_box rule")
+    return rule(**{key: options[key] for key in taken})
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise a UserError for an epsilon or gamma that is no number of zero or more."""
+    for name in ("epsilon", "gamma"):
+        value = options.get(name)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
+            raise UserError(f"{name}= must be a number of 0 or more, but is {value!r}")
+
+
+def refuse_options(unknown: set[str], what: str, allowed: Any) -> None:
+    """Raise a UserError if there are options that `what` doesn't take."""
+    if unknown:
+        raise UserError(
+            f"{what} takes no option {', '.join(sorted(unknown))}; allowed: {', '.join(allowed) or 'none'}"
+        )

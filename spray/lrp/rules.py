@@ -1,0 +1,283 @@
+"""The rules of layer-wise relevance propagation, in the notation of the papers.
+
+`a` are a layer's inputs, ``z = w·a + b`` its outputs, `R` the relevance of its outputs; a rule returns the
+relevance of its inputs. ``f(a, w, b)`` evaluates the layer with another weight and bias, ``f.T(s, w)`` is its
+transpose, so that ``a * f.T(R / f(a, w), w)`` reads R_j = Σ_k a_j w_jk / (Σ_j a_j w_jk) R_k.
+
+Conventions (those of zennit's defaults, except where said):
+
+- a bias takes its share of the relevance: it is in the denominator, and what belongs to it is not passed on;
+- where a rule splits weights by sign it splits the bias as well, and a bias is counted in one branch only;
+- the stabiliser is added with the sign of the denominator, sign(0) = +1; by default it is 1e-6, in half
+  precision, where that would be nothing, the dtype's machine epsilon;
+- ``flat`` and ``w_square`` spread the relevance over the inputs alone (the sum Σ_i of the paper has no bias) and
+  need no stabiliser; positions of zero padding take no part.
+
+References
+----------
+Bach et al. 2015 (ε, αβ); Montavon et al. 2017, "Explaining nonlinear classification decisions with deep
+Taylor decomposition" (z⁺, w², zᴮ); Montavon et al. 2019, "Layer-wise relevance propagation: an overview",
+table 10.1 (LRP-0, ε, γ); Andéol et al. 2021 (generalised γ); Lapuschkin et al. 2019 (flat).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spray.errors import UserError
+from spray.lrp.layers import Layer
+from spray.registry import Registry
+
+Bound = float | Sequence[float] | Tensor
+
+RULES: Registry[type[Rule]] = Registry("LRP rule")
+
+
+def divide(R: Tensor, z: Tensor, epsilon: float | None = None) -> Tensor:
+    """Return ``R / (z + ε·sign(z))`` with sign(0) = +1.
+
+    Parameters
+    ----------
+    R, z : Tensor
+        Numerator and denominator.
+    epsilon : float, optional
+        The stabiliser ε. None is 1e-6, or the dtype's machine epsilon if that is larger than 1e-4. With 0 the
+        quotient is 0 where z is 0.
+    """
+    if epsilon is None:
+        machine = torch.finfo(z.dtype).eps
+        epsilon = machine if machine > 1e-4 else 1e-6
+    if epsilon == 0:
+        return torch.where(z == 0, torch.zeros_like(R), R / z)
+    return R / torch.where(z < 0, z - epsilon, z + epsilon)
+
+
+def plus(t: Tensor) -> Tensor:
+    """Return the positive part t⁺."""
+    return t.clamp(min=0)
+
+
+def minus(t: Tensor) -> Tensor:
+    """Return the negative part t⁻ (zero or below)."""
+    return t.clamp(max=0)
+
+
+class Rule:
+    """How an affine layer hands the relevance of its outputs to its inputs."""
+
+    uses_input: ClassVar[bool] = True
+    uses_output: ClassVar[bool] = True
+
+    def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        """Return the relevance of the inputs `a`.
+
+        Parameters
+        ----------
+        f : Layer
+            The layer.
+        a : Tensor
+            Its inputs (only if `uses_input`).
+        z : Tensor
+            Its outputs (only if `uses_output`).
+        R : Tensor
+            The relevance of its outputs.
+        """
+        raise NotImplementedError
+
+    def check(self, a: Tensor, name: str) -> None:
+        """Raise a UserError if the rule can't be used on a layer called `name` with inputs `a`."""
+
+
+@RULES.register("lrp_0")
+@dataclass(frozen=True)
+class Zero(Rule):
+    """LRP-0: R_j = Σ_k a_j w_jk / Σ_0,j a_j w_jk · R_k."""
+
+    def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        """See `Rule`."""
+        return a * f.T(divide(R, z, 0), f.w)
+
+
+@RULES.register("epsilon")
+@dataclass(frozen=True)
+class Epsilon(Rule):
+    """LRP-ε: R_j = Σ_k a_j w_jk / (z_k + ε·sign z_k) · R_k."""
+
+    epsilon: float | None = None
+
+    def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        """See `Rule`."""
+        return a * f.T(divide(R, z, self.epsilon), f.w)
+
+
+@RULES.register("gamma")
+@dataclass(frozen=True)
+class Gamma(Rule):
+    """LRP-γ, generalised to inputs and outputs of both signs.
+
+    Where z_k > 0 the contributions (a w)⁺, where z_k < 0 the contributions (a w)⁻ count 1 + γ times.
+    """
+
+    gamma: float = 0.25
+
+    def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        """See `Rule`."""
+        w_plus, w_minus = plus(f.w), minus(f.w)
+        P = positive_part(f, a)
+        # z = P + N; N = z − P can't cancel where it is used, since there z < 0 ≤ P.
+        s = divide(R, torch.where(z > 0, z + self.gamma * P, z + self.gamma * (z - P)))
+        s_plus, s_minus = s * (z > 0), s * (z < 0)
+        if f.nonnegative:
+            return a * (f.T(s_plus, f.w + self.gamma * w_plus) + f.T(s_minus, f.w + self.gamma * w_minus))
+        with_positive = f.T(s_plus, w_plus) + f.T(s_minus, w_minus)
+        with_negative = f.T(s_plus, w_minus) + f.T(s_minus, w_plus)
+        favoured = plus(a) * with_positive + minus(a) * with_negative
+        return a * f.T(s_plus + s_minus, f.w) + self.gamma * favoured
+
+
+@RULES.register("alpha_beta")
+@dataclass(frozen=True)
+class AlphaBeta(Rule):
+    """LRP-αβ: R_j = Σ_k (α (a_j w_jk)⁺ / Σ_0,j (a_j w_jk)⁺ − β (a_j w_jk)⁻ / Σ_0,j (a_j w_jk)⁻) R_k."""
+
+    alpha: float = 2.0
+    beta: float = 1.0
+    uses_output: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
+            raise UserError(
+                f"the αβ rule needs β ≥ 0 and α − β = 1, but got α = {self.alpha}, β = {self.beta}"
+            )
+
+    def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        """See `Rule`."""
+        R_plus = share(f, a, plus(f.w), minus(f.w), divide(R, positive_part(f, a)))
+        if self.beta == 0:
+            return self.alpha * R_plus
+        R_minus = share(f, a, minus(f.w), plus(f.w), divide(R, negative_part(f, a)))
+        return self.alpha * R_plus - self.beta * R_minus
+
+
+@RULES.register("z_plus")
+@dataclass(frozen=True)
+class ZPlus(Rule):
+    """z⁺: R_j = Σ_k (a_j w_jk)⁺ / Σ_0,j (a_j w_jk)⁺ · R_k, which is αβ with α = 1, β = 0.
+
+    An output without a positive contribution passes nothing on.
+    """
+
+    uses_output: ClassVar[bool] = False
+
+    def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        """See `Rule`."""
+        return share(f, a, plus(f.w), minus(f.w), divide(R, positive_part(f, a)))
+
+
+@RULES.register("flat")
+@dataclass(frozen=True)
+class Flat(Rule):
+    """Flat: R_j = Σ_k 1 / Σ_j 1 · R_k over the inputs j that output k sees."""
+
+    uses_input: ClassVar[bool] = False
+    uses_output: ClassVar[bool] = False
+
+    def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        """See `Rule`."""
+        return spread(f, torch.ones_like(f.w), R)
+
+
+@RULES.register("w_square")
+@dataclass(frozen=True)
+class WSquare(Rule):
+    """w²: R_j = Σ_k w_jk² / Σ_j w_jk² · R_k."""
+
+    uses_input: ClassVar[bool] = False
+    uses_output: ClassVar[bool] = False
+
+    def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        """See `Rule`."""
+        return spread(f, f.w.square(), R)
+
+
+@RULES.register("z_box")
+@dataclass(frozen=True, eq=False)
+class ZBox(Rule):
+    """zᴮ: R_j = Σ_k (x_j w_jk − l_j w_jk⁺ − h_j w_jk⁻) / Σ_j (…) · R_k; the bias cancels.
+
+    Parameters
+    ----------
+    low, high : float, sequence or Tensor
+        The least and greatest value an input can have, *after* its normalisation: one number, one per channel,
+        or a tensor that broadcasts to the input.
+    """
+
+    low: Bound
+    high: Bound
+
+    def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        """See `Rule`."""
+        low, high = bound(self.low, a), bound(self.high, a)
+        w_plus, w_minus = plus(f.w), minus(f.w)
+        b_plus, b_minus = (None, None) if f.b is None else (plus(f.b), minus(f.b))
+        s = divide(R, z - f(low, w_plus, b_plus) - f(high, w_minus, b_minus))
+        return a * f.T(s, f.w) - low * f.T(s, w_plus) - high * f.T(s, w_minus)
+
+    def check(self, a: Tensor, name: str) -> None:
+        """Raise a UserError if `a` isn't within the bounds."""
+        low, high = bound(self.low, a), bound(self.high, a)
+        slack = 1e-3 * (high - low)
+        if bool((slack < 0).any()) or bool((a < low - slack).any()) or bool((a > high + slack).any()):
+            least, greatest = float(a.min()), float(a.max())
+            raise UserError(
+                f"low= and high= do not enclose the input of layer {name!r}, which has values from {least:.4g} to "
+                f"{greatest:.4g}: give the least and greatest value per channel after normalisation"
+            )
+
+
+def positive_part(f: Layer, a: Tensor) -> Tensor:
+    """Return Σ_0,j (a_j w_jk)⁺."""
+    b = None if f.b is None else plus(f.b)
+    if f.nonnegative:
+        return f(a, plus(f.w), b)
+    return f(plus(a), plus(f.w), b) + f(minus(a), minus(f.w))
+
+
+def negative_part(f: Layer, a: Tensor) -> Tensor:
+    """Return Σ_0,j (a_j w_jk)⁻."""
+    b = None if f.b is None else minus(f.b)
+    if f.nonnegative:
+        return f(a, minus(f.w), b)
+    return f(plus(a), minus(f.w), b) + f(minus(a), plus(f.w))
+
+
+def share(f: Layer, a: Tensor, w: Tensor, w_negative: Tensor, s: Tensor) -> Tensor:
+    """Return a_j⁺ Σ_k w_jk s_k + a_j⁻ Σ_k w_negative_jk s_k."""
+    if f.nonnegative:
+        return a * f.T(s, w)
+    return plus(a) * f.T(s, w) + minus(a) * f.T(s, w_negative)
+
+
+def spread(f: Layer, w: Tensor, R: Tensor) -> Tensor:
+    """Return Σ_k w_jk / Σ_j w_jk · R_k, whatever the inputs are."""
+    z = f(torch.ones((1, *f.shape[1:]), dtype=R.dtype, device=R.device), w)
+    return f.T(divide(R, z.expand_as(R), 0), w)
+
+
+def bound(value: Bound, a: Tensor) -> Tensor:
+    """Return a bound as one sample of the shape of the inputs `a`."""
+    t = torch.as_tensor(value, dtype=a.dtype, device=a.device)
+    if t.dim() == 1 and t.numel() > 1:
+        t = t.view(-1, *[1] * (a.dim() - 2))
+    try:
+        return t.expand(1, *a.shape[1:])
+    except RuntimeError:
+        raise UserError(
+            f"low= or high= has shape {tuple(t.shape)}; allowed are a number, one number per channel "
+            f"({a.shape[1]}) or a tensor that broadcasts to (1, {', '.join(map(str, a.shape[1:]))})"
+        ) from None
