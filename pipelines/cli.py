@@ -78,9 +78,9 @@ def register_resolvers() -> None:
 def job_folder(overrides: str) -> str:
     """Return the folder of a sweep's job, always the same for the same overrides, such as `seed=0`."""
     name = re.sub(r"[^\w.,=+-]+", "_", overrides)
-    if name == overrides and len(name) <= 150 and name.strip("."):
+    if name == overrides and len(name) <= 150:
         return name
-    return f"{name[:140]}-{sha256(overrides.encode()).hexdigest()[:8]}" if overrides else ""
+    return f"{name[:140]}-{sha256(overrides.encode()).hexdigest()[:8]}"
 
 
 def _job(config: DictConfig) -> None:
@@ -105,6 +105,7 @@ def _job(config: DictConfig) -> None:
 
 
 def _run_job(config: DictConfig, settings: Any) -> None:
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -128,8 +129,8 @@ def _run_job(config: DictConfig, settings: Any) -> None:
     if typed.plan:
         from spray.pipelines.plan import print_plan
 
-        folder = "" if not settings.overrides.get("task") else job_folder(settings.job.override_dirname)
-        run_dir = Path(typed.run_dir, folder) if settings.mode.name == "MULTIRUN" else Path(typed.run_dir)
+        sweep = settings.mode == RunMode.MULTIRUN
+        run_dir = Path(typed.run_dir, job_folder(settings.job.override_dirname) if sweep else "")
         print_plan(Context(typed, run_dir.absolute(), _log), asked, stages)
         return
 
@@ -148,7 +149,8 @@ def _run_job(config: DictConfig, settings: Any) -> None:
             handler.handle(_log.makeRecord("spray", logging.ERROR, __file__, 0, "failed", (), sys.exc_info()))
             raise error
         finally:
-            _log.removeHandler(handler)
+            for name in ("spray", "py.warnings"):
+                logging.getLogger(name).removeHandler(handler)
             handler.close()
 
 
@@ -184,12 +186,18 @@ def _log_to_terminal() -> None:
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     _log.addHandler(terminal)
+    # Warnings of libraries are for run.log.
+    warnings = logging.getLogger("py.warnings")
+    warnings.propagate = False
+    warnings.addHandler(logging.NullHandler())
+    logging.captureWarnings(True)
 
 
 def _log_to_file(path: Path) -> logging.Handler:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    _log.addHandler(handler)
+    for name in ("spray", "py.warnings"):
+        logging.getLogger(name).addHandler(handler)
     return handler
 
 

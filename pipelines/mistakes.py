@@ -35,11 +35,12 @@ def explain_mistake(error: BaseException) -> str | None:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(str(cause.full_key or cause.key))
     if isinstance(cause, ValidationError):
-        return f"{cause.full_key}: {_first_line(cause)}" if cause.full_key else _first_line(cause)
+        return _wrong_type(cause)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _composition(error)
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return f"{what}; check run_dir and the other paths"
     # Hydra raises plain ones for flags that do not go together.
     return _first_line(error) if isinstance(error, ValueError) else None
 
@@ -55,31 +56,50 @@ def _composition(error: BaseException) -> str:
     text = _first_line(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1])
-    if match := re.search(r"Could not append '?([^'\s]+?)'?\.", text):
-        return f"{match[1]} is set already; write it without the plus sign"
+    if match := re.search(r"(\S+) appears more than once in the final defaults list", text):
+        return f"{match[1]} is given twice; write {match[1]}=NAME once, without a plus sign"
+    if text.startswith("Ambiguous value"):
+        return f"{text}; write a list as [a,b], quote a text as '\"a,b\"', or add --multirun to run both"
     return text
 
 
+def _wrong_type(error: ValidationError) -> str:
+    """Say which option has a value of the wrong type, and what it should look like."""
+    key, text = str(error.full_key or ""), _first_line(error)
+    default = known_options().get(key)
+    example = f"; give something like {key}={_written(default)}" if default is not None else ""
+    return f"{key}: {text}{example}" if key else text
+
+
+def _written(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _unknown_key(key: str) -> str:
-    """Say that there is no such key, and which is meant or what there is."""
-    known = known_keys()
+    """Say that there is no such option, and which may be meant or what there is."""
     parent = key.rpartition(".")[0]
-    siblings = [name for name in known if name.rpartition(".")[0] == parent] or [
-        name for name in known if "." not in name
-    ]
-    return f"unknown option {key!r}{_hint(key, known)}; allowed: {', '.join(siblings)}"
+    known = [*known_options(), "experiment"]
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    if not siblings:
+        siblings = [name for name in known if "." not in name]
+        return f"unknown option {key!r}{_hint(key, known)}; allowed: {', '.join(siblings)}"
+    return f"unknown option {key!r}{_hint(key, siblings)}; allowed: {', '.join(siblings)}"
 
 
-def known_keys(section: Any = SprayConfig, prefix: str = "") -> list[str]:
-    """Return every dotted key of the configuration, sections included."""
-    keys = []
-    value = section() if isinstance(section, type) else section
+def known_options(section: Any = None, prefix: str = "") -> dict[str, Any]:
+    """Return every dotted key of the configuration with its default; sections have None."""
+    value = SprayConfig() if section is None else section
     items = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else value
+    options: dict[str, Any] = {}
     for name, part in items.items():
-        keys.append(prefix + name)
-        if is_dataclass(part) or isinstance(part, dict):
-            keys += known_keys(part, f"{prefix}{name}.")
-    return [*keys, "experiment"] if not prefix else keys
+        is_section = is_dataclass(part) or isinstance(part, dict)
+        options[prefix + name] = None if is_section else part
+        if is_section:
+            options |= known_options(part, f"{prefix}{name}.")
+    return options
 
 
 def _hint(name: str, allowed: Any) -> str:

@@ -139,7 +139,11 @@ def locked(run_dir: Path) -> Iterator[None]:
     UserError
         If another process holds it.
     """
-    with (run_dir / ".lock").open("a+") as file:
+    try:
+        lock = (run_dir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another") from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -169,7 +173,8 @@ def _run(context: Context, decision: Decision, record: Record) -> None:
         "seconds": None,
         "started": now(),
         "finished": None,
-        "outputs": {},
+        # What an earlier run wrote stays until it is written again.
+        "outputs": before.get("outputs", {}),
         "facts": {},
     }
     record.stages[stage.name] = entry
@@ -210,9 +215,11 @@ def _outputs(run_dir: Path, stage: Stage, old: Mapping[Path, Any]) -> dict[str, 
 
 def _wrote(entry: Mapping[str, Any], path: Path, run_dir: Path) -> bool:
     """Say whether an earlier run of a stage wrote a file, so that a later one may remove it."""
-    if entry.get("status") in ("running", "failed"):
-        return path.stat().st_mtime >= datetime.fromisoformat(entry["started"]).timestamp()
-    return path.relative_to(run_dir).as_posix() in entry.get("outputs", {})
+    if path.relative_to(run_dir).as_posix() in entry.get("outputs", {}):
+        return True
+    # A run that was cut short recorded nothing.
+    cut_short = entry["status"] in ("running", "failed")
+    return cut_short and path.stat().st_mtime >= datetime.fromisoformat(entry["started"]).timestamp()
 
 
 def _reason(run_dir: Path, entry: dict[str, Any] | None, settings: dict[str, Any], key: str) -> str | None:
