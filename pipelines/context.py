@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spray.data.base import ImageDataset, Normalizer
 from spray.errors import UserError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from spray.pipelines.config import SprayConfig
 
 T = TypeVar("T")
+# Composites whose first layer takes the bounds of the input.
+BOUNDED = ("epsilon_gamma_box", "deep_taylor")
 
 
 class Context:
@@ -48,7 +50,6 @@ class Context:
     @cached_property
     def _datasets(self) -> tuple[ImageDataset, ImageDataset]:
         from spray.data.loading import DATASETS
-
         from spray.data.planting import planted
 
         train, test = DATASETS.get(self.config.dataset.name)(self.config.dataset)
@@ -80,6 +81,17 @@ class Context:
         if options.checkpoint is not None:
             load_checkpoint(model, options.checkpoint)
         return model.to(self.device).eval()
+
+    def explain(self, model: nn.Module, images: Tensor, target: int | Tensor) -> Tensor:
+        """Return the relevance (n, C, H, W) of normalised images of that shape, computed as configured."""
+        from spray.explain import explain
+
+        options = self.config.attribution
+        bounds = {}
+        if options.method == "lrp" and options.composite in BOUNDED:
+            black = torch.zeros(images.shape[1], 1, 1, device=images.device)
+            bounds = {"low": self.normalizer(black), "high": self.normalizer(black + 1)}
+        return explain(model, images, target, options.method, options.composite, **bounds)
 
     @cached_property
     def model(self) -> nn.Module:

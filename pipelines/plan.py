@@ -14,7 +14,7 @@ import numpy as np
 from spray.pipelines.record import Record
 from spray.pipelines.runner import decide, find_inputs
 from spray.pipelines.stage import Stage
-from spray.pipelines.validate import attribute_batch, check_settings, find_target, try_out
+from spray.pipelines.validate import check_settings, find_target, try_out
 
 if TYPE_CHECKING:
     from spray.pipelines.context import Context
@@ -68,7 +68,7 @@ def attribution_seconds(context: Context) -> float:
     for size in (min(n, 2), n):
         start = time.perf_counter()
         images = context.normalizer(context.train.batch(np.arange(size))).to(context.device)
-        attribute_batch(context, model, images, target if isinstance(target, int) else 0).cpu()
+        context.explain(model, images, target if isinstance(target, int) else 0).cpu()
         seconds = time.perf_counter() - start
     return seconds * len(context.train) / n
 

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor, nn
 
 from spray.errors import UserError
 
@@ -64,12 +63,7 @@ def try_out(context: Context, stages: Collection[str]) -> None:
     check_model(model, images, n_classes)
     if "attribute" in stages:
         target = find_target(context.config.attribution.target, n_classes)
-        relevance = attribute_batch(context, model, images, target if isinstance(target, int) else 0)
-        if relevance.shape != images.shape:
-            raise UserError(
-                f"attribution.method={context.config.attribution.method} gives shape "
-                f"{tuple(relevance.shape)} for images of shape {tuple(images.shape)}; choose another method"
-            )
+        context.explain(model, images, target if isinstance(target, int) else 0)
 
 
 def find_target(target: str, n_classes: int) -> str | int:
@@ -82,15 +76,6 @@ def find_target(target: str, n_classes: int) -> str | int:
         f"attribution.target={target} is unknown; allowed: label, prediction or a class index up to "
         f"{n_classes - 1}"
     )
-
-
-def attribute_batch(context: Context, model: nn.Module, images: Tensor, target: int) -> Tensor:
-    """Return the relevance of a few images, as the stage `attribute` computes it."""
-    from spray.explain import explain
-
-    options = context.config.attribution
-    composite = {"composite": options.composite} if options.method == "lrp" else {}
-    return explain(model, images, target, method=options.method, **composite)
 
 
 def _check_labels(context: Context) -> None:
