@@ -65,14 +65,10 @@ def test_small_cnn_takes_the_datasets_channels_and_classes() -> None:
 def test_torchvision_classifiers(name: str, size: int) -> None:
     model = build_model(name, None, 5, (3, size, size), 0)
     check_model(model, torch.zeros(1, 3, size, size), 5)
-
-
-@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_no_auxiliary_heads_in_training(name: str) -> None:
-    with torch.no_grad():
-        assert isinstance(
-            build_model(name, None, 5, (3, 96, 96), 0).train()(torch.rand(2, 3, 96, 96)), Tensor
-        )
+    if name in ("googlenet", "inception_v3"):
+        # One tensor in training too, where torchvision's own models add their auxiliary heads.
+        with torch.no_grad():
+            assert isinstance(model.train()(torch.rand(2, 3, size, size)), Tensor)
 
 
 def test_names_that_cannot_be_built() -> None:
