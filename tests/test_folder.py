@@ -131,6 +131,23 @@ def test_each_mode_becomes_rgb(
     np.testing.assert_allclose(constant(save(tmp_path / name, image, **options)), expected, atol=1)
 
 
+@pytest.mark.filterwarnings("error")
+def test_damaged_exif_leaves_a_good_image_good(tmp_path: Path) -> None:
+    save(tmp_path / "a/x.jpg", Image.new("L", (8, 8), 77), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    data = FolderDataset(tmp_path, 4)
+    assert data.unreadable == []
+    assert data.batch(np.array([0]))[0, 0, 2, 2] == pytest.approx(77 / 255, abs=0.005)
+
+
+@pytest.mark.parametrize(("photometric", "expected"), [(0, 155), (1, 100)])
+def test_sixteen_bits_with_white_as_zero(tmp_path: Path, photometric: int, expected: int) -> None:
+    grey = Image.fromarray(np.full((4, 6), 257 * 100, dtype=np.uint16))
+    path = save(tmp_path / "x.tif", grey, tiffinfo={262: photometric})
+    with Image.open(path) as image:
+        assert image.tag_v2[262] == photometric
+    assert constant(path) == [expected] * 3
+
+
 def test_transparent_colours_of_palette_and_rgb_lie_over_white(tmp_path: Path) -> None:
     palette = Image.new("P", (6, 4), 0)
     palette.putpalette([10, 20, 30, 40, 50, 60])

@@ -11,7 +11,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 # Pillow goes by a file's content, not its name: with these alone no other decoder ever sees the user's files.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
-ORIENTATION, BITS_PER_SAMPLE = 0x0112, 258
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -99,8 +99,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale grey of more than 8 bits to [0, 255]."""
     values = np.asarray(image).astype(np.float64)
     if image.mode.startswith("I;16"):
-        bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if hasattr(image, "tag_v2") else 16
-        values /= 2**bits - 1
+        tags = getattr(image, "tag_v2", {})
+        values /= 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+        if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds for 8 bits alone
+            values = 1 - values
     elif image.mode == "I" and image.format == "PPM":  # Pillow scales these to 16 bits
         values /= 65535
     elif image.mode == "I":

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import stat
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,9 +107,13 @@ class FolderDataset(ImageDataset):
                 out[row] = pixels
             return None
 
-        # Pillow decodes and resizes outside of the interpreter's lock.
-        with ThreadPoolExecutor(max_workers=min(MAX_THREADS, _cpu_count(), max(len(paths), 1))) as pool:
-            return list(pool.map(attempt, range(len(paths))))
+        n_threads = min(MAX_THREADS, _cpu_count(), max(len(paths), 1))
+        with warnings.catch_warnings():
+            # Of flaws that do no harm to the pixels, and without the file's name.
+            warnings.filterwarnings("ignore", module="PIL")
+            # Pillow decodes and resizes outside of the interpreter's lock.
+            with ThreadPoolExecutor(max_workers=n_threads) as pool:
+                return list(pool.map(attempt, range(len(paths))))
 
     def _require_images_of_each_class(self) -> None:
         counts = np.bincount(self.labels, minlength=len(self.classes))
