@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,8 @@ from spray.registry import Registry
 Target = int | Tensor | None
 
 
-class Attribution(Protocol):
-    """An attribution method: a function of a model, its input and the targets, with options of its own."""
-
-    def __call__(self, model: nn.Module, x: Tensor, target: Target, **options: Any) -> Tensor:
-        """Return the attribution, of the shape of `x`."""
-
+# An attribution method takes the model, its input, the target and options of its own.
+Attribution = Callable[..., Tensor]
 
 ATTRIBUTIONS: Registry[Attribution] = Registry("attribution method")
 
@@ -46,16 +42,16 @@ def explain(
     target : int, Tensor of int, shape (N,), or None
         The class to explain, one for all samples or one for each; None is the predicted class.
     method : str
-        A name in `ATTRIBUTIONS`: "lrp" (layer-wise relevance propagation), "gradient" (of the target's logit),
-        "gradient_x_input".
+        A name in `ATTRIBUTIONS`: "lrp" (layer-wise relevance propagation), "gradient" (of the target's
+        logit), "gradient_x_input".
     composite : str or mapping
         For LRP: a name in `spray.lrp.COMPOSITES`, or a mapping from kinds of layers ("first", "convolution",
-        "linear") and module names or globs to rules (see `spray.lrp.rules`) or their names. Other methods take
-        no notice of it.
+        "linear") and module names or globs to rules (see `spray.lrp.rules`) or their names. Other methods
+        take no notice of it.
     **options
-        For LRP: `init`, "logit" (default; the relevance starts with the target's logit) or "one", and the options of
-        the composite: `epsilon`, `gamma`, and `low` and `high`, the bounds of the normalised input (numbers, one
-        per channel, or tensors that broadcast).
+        For LRP: `init`, "logit" (default; the relevance starts with the target's logit) or "one", and the
+        options of the composite: `epsilon`, `gamma`, and `low` and `high`, the bounds of the normalised input
+        (numbers, one per channel, or tensors that broadcast).
 
     Returns
     -------
@@ -94,7 +90,7 @@ def lrp(
     init: str = "logit",
     **options: Any,
 ) -> Tensor:
-    """Layer-wise relevance propagation (Bach et al. 2015; Montavon et al. 2019), with a rule for each layer."""
+    """Propagate relevance layer by layer (Bach et al. 2015; Montavon et al. 2019)."""
     if init not in ("logit", "one"):
         raise UserError(f"unknown init {init!r}; allowed: logit, one")
 
@@ -108,7 +104,7 @@ def lrp(
 
 @ATTRIBUTIONS.register("gradient")
 def gradient(model: nn.Module, x: Tensor, target: Target) -> Tensor:
-    """The gradient of the target's logit with respect to the input (Simonyan et al. 2014)."""
+    """Return the gradient of the target's logit with respect to the input (Simonyan et al. 2014)."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         logits = check_logits(
@@ -125,7 +121,7 @@ def gradient(model: nn.Module, x: Tensor, target: Target) -> Tensor:
 
 @ATTRIBUTIONS.register("gradient_x_input")
 def gradient_x_input(model: nn.Module, x: Tensor, target: Target) -> Tensor:
-    """The gradient times the input (Shrikumar et al. 2016)."""
+    """Return the gradient times the input (Shrikumar et al. 2016)."""
     return gradient(model, x, target) * x
 
 
@@ -159,8 +155,8 @@ def check_finite(values: Tensor, what: str) -> None:
     if bad:
         more = ", ..." if len(bad) > 5 else ""
         raise UserError(
-            f"{what} is not finite for samples [{', '.join(map(str, bad[:5]))}{more}]; check their values and the "
-            "model's weights"
+            f"{what} is not finite for samples [{', '.join(map(str, bad[:5]))}{more}]; check their values "
+            "and the model's weights"
         )
 
 
@@ -172,16 +168,18 @@ def one_hot(logits: Tensor, target: Target) -> Tensor:
     elif isinstance(target, Tensor) and target.dim() > 0:
         if target.shape != (n,) or target.is_floating_point() or target.dtype == torch.bool:
             raise UserError(
-                f"target must be an int, None or a tensor of {n} ints, not {target.dtype} of shape {tuple(target.shape)}"
+                f"target must be an int, None or a tensor of {n} ints, not {target.dtype} of shape "
+                f"{tuple(target.shape)}"
             )
         index = target.to(logits.device, torch.int64)
     else:
         try:
-            index = torch.full((n,), target.__index__(), device=logits.device)  # type: ignore[union-attr]
+            index = torch.full((n,), target.__index__(), device=logits.device)
         except (AttributeError, TypeError):
             raise UserError(f"target must be an int, None or a tensor of {n} ints, not {target!r}") from None
     if n and not 0 <= int(index.min()) <= int(index.max()) < classes:
         raise UserError(
-            f"target {int(index.min())} to {int(index.max())} is out of range: the model has classes 0 to {classes - 1}"
+            f"target {int(index.min())} to {int(index.max())} is out of range: the model has classes 0 to "
+            f"{classes - 1}"
         )
     return torch.zeros_like(logits, requires_grad=False).scatter(1, index[:, None], 1)

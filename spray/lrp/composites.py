@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,7 +15,6 @@ from spray.lrp.rules import RULES, AlphaBeta, Epsilon, Flat, Gamma, Rule, WSquar
 from spray.registry import Registry
 
 KINDS = ("first", "convolution", "linear")
-OPTIONS = ("epsilon", "gamma", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Composite:
         return self.convolution if kind == "convolution" else self.linear
 
 
-Recipe = Any
-COMPOSITES: Registry[Recipe] = Registry("composite")
+COMPOSITES: Registry[Callable[..., Composite]] = Registry("composite")
 
 
 @COMPOSITES.register("lrp_0")
@@ -105,7 +104,7 @@ def excitation_backprop() -> Composite:
 
 @COMPOSITES.register("deep_taylor")
 def deep_taylor(low: Any = None, high: Any = None) -> Composite:
-    """z⁺ in all layers but the first, which gets zᴮ if `low` and `high` are given, else w² (Montavon et al. 2017)."""
+    """z⁺ in all layers but the first, with zᴮ if it has `low` and `high`, else w² (Montavon et al. 2017)."""
     bounded = low is not None or high is not None
     return Composite(ZPlus(), ZPlus(), first=z_box(low, high, "deep_taylor") if bounded else WSquare())
 
@@ -115,8 +114,8 @@ def z_box(low: Any, high: Any, composite: str) -> ZBox:
     missing = " and ".join(f"{name}=" for name, value in (("low", low), ("high", high)) if value is None)
     if missing:
         raise UserError(
-            f"{composite} needs {missing}: the least and greatest value of the model's input per channel, after "
-            "normalisation; (0 - mean) / std and (1 - mean) / std for images"
+            f"{composite} needs {missing}: the least and greatest value of the model's input per channel, "
+            "after normalisation; (0 - mean) / std and (1 - mean) / std for images"
         )
     return ZBox(low, high)
 
@@ -127,8 +126,8 @@ def build_composite(composite: str | Mapping[str, Rule | str], model: nn.Module,
     Parameters
     ----------
     composite : str or mapping
-        A registered name, or a mapping from kinds ("first", "convolution", "linear") and module names or globs to
-        rules or names of rules. Layers it doesn't mention get the ε rule.
+        A registered name, or a mapping from kinds ("first", "convolution", "linear") and module names or
+        globs to rules or names of rules. Layers it doesn't mention get the ε rule.
     model : nn.Module
         The model whose module names the mapping means.
     **options
@@ -142,9 +141,9 @@ def build_composite(composite: str | Mapping[str, Rule | str], model: nn.Module,
     check_options(options)
     if isinstance(composite, str):
         recipe = COMPOSITES.get(composite)
-        allowed = recipe.__code__.co_varnames[: recipe.__code__.co_argcount]
+        allowed = list(inspect.signature(recipe).parameters)
         refuse_options(set(options) - set(allowed), f"composite {composite!r}", allowed)
-        return recipe(**options)  # type: ignore[no-any-return]
+        return recipe(**options)
     return from_mapping(composite, model, options)
 
 
@@ -156,8 +155,8 @@ def from_mapping(mapping: Mapping[str, Rule | str], model: nn.Module, options: d
     for key, value in mapping.items():
         if key not in KINDS and not any(fnmatchcase(name, key) for name in modules):
             raise UserError(
-                f"the composite names {key!r}, which is neither a kind of layer ({', '.join(KINDS)}) nor a module "
-                "of the model (see model.named_modules())"
+                f"the composite names {key!r}, which is neither a kind of layer ({', '.join(KINDS)}) nor "
+                "a module of the model (see model.named_modules())"
             )
         rules[key] = value if isinstance(value, Rule) else named_rule(value, options, used)
     refuse_options(set(options) - used, "this mapping's rules", sorted(used))
@@ -183,7 +182,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise UserError(f"{name}= must be a number of 0 or more, but is {value!r}")
 
 
-def refuse_options(unknown: set[str], what: str, allowed: Any) -> None:
+def refuse_options(unknown: set[str], what: str, allowed: Iterable[str]) -> None:
     """Raise a UserError if there are options that `what` doesn't take."""
     if unknown:
         raise UserError(

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from spray.lrp.layers import Layer
 from spray.lrp.rules import Rule, divide
 
-# Tensors are saved detached: a saved input would keep its record, and through an in-place operation's record the
-# graph that saved it, alive.
+# Tensors are saved detached: a saved input would keep its record alive, and through an in-place operation's
+# record the graph that saved it.
 
 
 class Affine(Function):

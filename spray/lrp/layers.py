@@ -14,7 +14,9 @@ from torch import Tensor
 class LinearMap(Protocol):
     """A bilinear operation of an input and a weight, without the numbers."""
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """The kind of layer: "linear" or "convolution"."""
 
     def forward(self, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Return ``w·a + b``."""

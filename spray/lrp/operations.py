@@ -1,19 +1,20 @@
 """What LRP does for each torch function: the table from function names to handlers.
 
-- Affine layers (convolutions, linear): the composite's rule. Batch normalisation right after one is merged into
-  it; elsewhere it is the affine layer that it is, under the norm rule.
+- Affine layers (convolutions, linear): the composite's rule. Batch normalisation right after one is merged
+  into it; elsewhere it is the affine layer that it is, under the norm rule.
 - Data movement and maxima: relevance goes where the values came from (plain autograd).
 - Sums, means and averages: relevance is divided by contribution (the norm rule).
 - Elementwise activations: relevance passes.
 - Products: relevance goes to the signal, none to the gate. The gate is the operand that carries no relevance
-  (constants, parameters); of two that do, the one that comes from a sigmoid or hard sigmoid, else the one that
-  comes from another bounded activation.
+  (constants, parameters); of two that do, the one that comes from a sigmoid or hard sigmoid, else the one
+  that comes from another bounded activation.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -53,6 +54,11 @@ def known(t: Tensor) -> Record:
     return record
 
 
+def detached(t: Tensor | None) -> Tensor | None:
+    """Return an optional tensor without its graph."""
+    return None if t is None else t.detach()
+
+
 # Affine layers
 
 
@@ -68,15 +74,14 @@ def affine(
     if any(t is not None and record_of(t) for t in (weight, bias)):
         trace.fail(f"a {map.kind} layer whose weight or bias depends on the input")
     record, name = known(a), trace.layer_name(weight)
-    w, b = weight.detach(), None if bias is None else bias.detach()
-    layer = partial(Layer, map, w, b, a.shape, record.nonnegative)
-    call = AffineCall(a, layer, name, first=not record.after_affine)
-    return apply_rule(trace, call, map.kind, compute)
+    layer = partial(Layer, map, weight.detach(), detached(bias), a.shape, record.nonnegative)
+    call = AffineCall(a, map, layer, name, first=not record.after_affine)
+    return apply_rule(trace, call, compute)
 
 
-def apply_rule(trace: Trace, call: AffineCall, kind: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
+def apply_rule(trace: Trace, call: AffineCall, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """Return ``compute(input)`` of an affine layer under the composite's rule, marked as its output."""
-    rule = trace.composite.rule(kind, call.name, call.first)
+    rule = trace.composite.rule(call.map.kind, call.name, call.first)
     rule.check(call.input, call.name)
     z = Affine.apply(call.input, compute, call.layer, rule)
     return trace.mark(z, after_affine=True, affine=call)
@@ -196,24 +201,20 @@ def batch_norm(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     if given["training"] or given["running_mean"] is None:
         trace.fail("batch normalisation with the batch's own statistics")
     norm = BatchNorm(
-        *(
-            None if given[key] is None else given[key].detach()
-            for key in ("running_mean", "running_var", "weight", "bias")
-        ),
+        mean=given["running_mean"].detach(),
+        var=given["running_var"].detach(),
+        weight=detached(given["weight"]),
+        bias=detached(given["bias"]),
         eps=given["eps"],
     )
     rest = {key: value for key, value in given.items() if key != "input"}
     call = known(a).affine
-    if call is None or not channels_in_dimension_one(call, a):
+    # Outputs of a linear layer with more than two dimensions aren't normalised one by one: nothing to merge.
+    if call is None or (call.map.kind == "linear" and a.dim() > 2):
         return by_contribution(trace, func, (a,), rest)
     before, y = call.layer, a.detach()
-    merged = AffineCall(call.input, lambda: norm.merge(before()), call.name, call.first)
-    return apply_rule(trace, merged, before.args[0].kind, lambda _: func(y, **rest))
-
-
-def channels_in_dimension_one(call: AffineCall, y: Tensor) -> bool:
-    """Say whether the outputs of an affine layer lie in the dimension that is normalised."""
-    return isinstance(call.layer, partial) and (call.layer.args[0].kind == "convolution" or y.dim() == 2)
+    merged = replace(call, layer=lambda: norm.merge(before()))
+    return apply_rule(trace, merged, lambda _: func(y, **rest))
 
 
 # Parameter-free operations
@@ -240,18 +241,26 @@ def by_contribution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     )
 
 
-@handles(
-    "reshape view flatten unflatten ravel permute transpose t T mT swapaxes swapdims movedim moveaxis squeeze unsqueeze "
-    "expand expand_as view_as reshape_as broadcast_to contiguous clone alias cat concat concatenate stack hstack vstack "
-    "chunk split split_with_sizes tensor_split unbind narrow select index_select __getitem__ roll flip rot90 tile repeat "
-    "repeat_interleave pad pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold gather "
-    "to type float double half bfloat16 cpu cuda "
+SHAPES = (
+    "reshape view flatten unflatten ravel permute transpose t T mT swapaxes swapdims movedim moveaxis squeeze "
+    "unsqueeze expand expand_as view_as reshape_as broadcast_to pixel_shuffle pixel_unshuffle channel_shuffle "
+    "native_channel_shuffle roll flip rot90"
+)
+PARTS = (
+    "chunk split split_with_sizes tensor_split unbind narrow select index_select gather __getitem__ cat concat "
+    "concatenate stack hstack vstack tile repeat repeat_interleave pad unfold"
+)
+COPIES = "contiguous clone alias to type float double half bfloat16 cpu cuda"
+MAXIMA = (
     "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
     "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices "
     "adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices max amax maximum"
 )
+
+
+@handles(f"{SHAPES} {PARTS} {COPIES} {MAXIMA}")
 def move(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
-    """Handle an operation whose outputs are inputs, elsewhere: relevance goes back to where each came from."""
+    """Handle an operation whose outputs are inputs, elsewhere: relevance goes back where each came from."""
     parents = carriers(args, kwargs)
     result = func(*args, **kwargs)
     constants = any(
@@ -273,8 +282,8 @@ SIGMOIDS = "sigmoid hardsigmoid"
 BOUNDED = "tanh hardtanh relu6 softsign"
 NONNEGATIVE = f"{SIGMOIDS} relu relu6 softplus abs"
 ACTIVATIONS = (
-    f"{SIGMOIDS} {BOUNDED} {NONNEGATIVE} leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish logsigmoid "
-    "clamp clip clamp_min threshold hardshrink softshrink tanhshrink neg negative positive"
+    f"{SIGMOIDS} {BOUNDED} {NONNEGATIVE} leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish "
+    "logsigmoid clamp clip clamp_min threshold hardshrink softshrink tanhshrink neg negative positive"
 )
 
 
@@ -306,7 +315,7 @@ def dropout(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     given = dict(zip(names, args, strict=False)) | kwargs
     if given.get("training", given.get("train", True)):
         trace.fail("active dropout")
-    return given["input"]  # type: ignore[no-any-return]
+    return given["input"]
 
 
 @handles("mul multiply __rmul__")
@@ -315,9 +324,7 @@ def product(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     a, b = (*args, *kwargs.values())[:2]
     gates = [known(t).gate if isinstance(t, Tensor) and record_of(t) else 3 for t in (a, b)]
     if gates[0] == gates[1]:
-        trace.fail(
-            "a product of two tensors that depend on the input, neither of which is a gate (a sigmoid's output)"
-        )
+        trace.fail("a product of two tensors that depend on the input, neither a gate (a sigmoid's output)")
     signal, gate = (a, b) if gates[0] < gates[1] else (b, a)
     return scaled(trace, torch.mul, signal, gate)
 

@@ -10,8 +10,8 @@ Conventions (those of zennit's defaults, except where said):
 - where a rule splits weights by sign it splits the bias as well, and a bias is counted in one branch only;
 - the stabiliser is added with the sign of the denominator, sign(0) = +1; by default it is 1e-6, in half
   precision, where that would be nothing, the dtype's machine epsilon;
-- ``flat`` and ``w_square`` spread the relevance over the inputs alone (the sum Σ_i of the paper has no bias) and
-  need no stabiliser; positions of zero padding take no part.
+- ``flat`` and ``w_square`` spread the relevance over the inputs alone (the paper's Σ_i has no bias; zennit's
+  w² counts it) and need no stabiliser; positions of zero padding take no part.
 
 References
 ----------
@@ -213,8 +213,8 @@ class ZBox(Rule):
     Parameters
     ----------
     low, high : float, sequence or Tensor
-        The least and greatest value an input can have, *after* its normalisation: one number, one per channel,
-        or a tensor that broadcasts to the input.
+        The least and greatest value an input can have, *after* its normalisation: one number, one per
+        channel, or a tensor that broadcasts to the input.
     """
 
     low: Bound
@@ -235,8 +235,8 @@ class ZBox(Rule):
         if bool((slack < 0).any()) or bool((a < low - slack).any()) or bool((a > high + slack).any()):
             least, greatest = float(a.min()), float(a.max())
             raise UserError(
-                f"low= and high= do not enclose the input of layer {name!r}, which has values from {least:.4g} to "
-                f"{greatest:.4g}: give the least and greatest value per channel after normalisation"
+                f"low= and high= do not enclose the input of layer {name!r}, which has values from "
+                f"{least:.4g} to {greatest:.4g}: give the least and greatest value per channel after normalisation"
             )
 
 

@@ -1,8 +1,8 @@
 """Runs a model's own forward pass so that its autograd graph computes relevance.
 
-A `Trace` is a torch-function mode. Every tensor that carries relevance has a `Record`; a torch function called
-with such a tensor goes to the handler of its name in `spray.lrp.operations`, which builds the graph node whose
-backward is the LRP rule. The model itself is never changed.
+A `Trace` is a torch-function mode. Every tensor that carries relevance has a `Record`; a torch function
+that is called with such a tensor goes to the handler of its name in `spray.lrp.operations`, which builds the
+graph node whose backward is the LRP rule. The model itself is never changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spray.errors import UserError
 from spray.lrp.composites import Composite
-from spray.lrp.layers import Layer
+from spray.lrp.layers import Layer, LinearMap
 
 Handler = Callable[["Trace", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -44,6 +44,7 @@ class AffineCall:
     """The affine layer that made a tensor, and the input it had."""
 
     input: Tensor
+    map: LinearMap
     layer: Callable[[], Layer]
     name: str
     first: bool
@@ -234,5 +235,5 @@ def out_of_place(name: str) -> Callable[..., Any]:
     """Return the function that computes an in-place operation's result anew."""
     for namespace in (Tensor, torch, nn.functional):
         if hasattr(namespace, name):
-            return getattr(namespace, name)  # type: ignore[no-any-return]
+            return getattr(namespace, name)
     raise LookupError(name)
