@@ -75,6 +75,8 @@ class Artifact:
     p_value: float | None = None
     logit_gain: float | None = None
     n_tested: int | None = None
+    removal_cost: float | None = None
+    removal_p_value: float | None = None
     samples: tuple[int, ...] = ()
     sample_names: tuple[str, ...] = ()
     pattern: np.ndarray | None = None

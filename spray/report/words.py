@@ -34,7 +34,7 @@ _MEANINGS = {
     "backdoor": "The artifact alone turns images of other classes into this class.",
     "clever_hans": "The artifact adds evidence for this class, more than a control patch does.",
     "sample_bias": "Some kind of sample is missing or over-represented in the training data of this class.",
-    "no_effect": "Adding the candidate moves predictions no more than the control patch does.",
+    "no_effect": "Adding the candidate does not reliably move predictions more than the control patch does.",
 }
 
 

@@ -1,0 +1,78 @@
+"""The last stage: a self-contained report, and the same results as a ViRelAy project."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from spray.data.planting import planted_truth
+from spray.pipelines.context import Context
+from spray.pipelines.stage import Stage
+from spray.report.data import Truth
+from spray.report.gather import gather
+from spray.report.render import render
+from spray.storage import write_text
+from spray.virelay import can_show, export
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write `report.html` and `virelay/` from what the run directory holds."""
+    data = gather(
+        context.run_dir, context.train, title=_title(context), model=_model(context), truth=_truth(context)
+    )
+    page = render(data)
+    write_text(context.run_dir / "report.html", page)
+    _export(context)
+    return {"artifacts_found": len(data.found), "bytes": len(page.encode())}
+
+
+def _export(context: Context) -> None:
+    if not can_show(context.train.image_shape):
+        context.log.warning("ViRelAy shows grey and RGB images only: no project is written")
+        return
+    attribution = context.config.attribution
+    method = attribution.method if attribution.method != "lrp" else f"lrp_{attribution.composite}"
+    strategies = {"label": "true_label", "prediction": "predicted_label"}
+    export(
+        context.run_dir / "virelay",
+        context.train,
+        title=_title(context),
+        model=_model(context),
+        attributions=_existing(context.run_dir / "attributions.h5"),
+        attribution_method=method,
+        attribution_strategy=strategies.get(attribution.target, f"class_{attribution.target}"),
+        analysis=_existing(context.run_dir / "analysis.h5"),
+        progress=context.progress,
+    )
+
+
+def _truth(context: Context) -> Truth | None:
+    truth = planted_truth(context.config.dataset.plant, context.train)
+    if truth is None:
+        return None
+    samples = frozenset(int(sample) for sample in truth.samples)
+    return Truth(truth.class_index, truth.class_name, truth.kind, truth.rate, samples)
+
+
+def _title(context: Context) -> str:
+    dataset = context.config.dataset
+    return f"{dataset.name}: {Path(dataset.train).name}" if dataset.train else dataset.name
+
+
+def _model(context: Context) -> str:
+    factory = context.config.model.factory
+    return re.split(r"[/\\]", factory)[-1] if factory else context.config.model.name
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+STAGE = Stage(
+    name="report",
+    needs=("attribute", "analyze", "rank", "isolate", "correct", "verify"),
+    settings=("report",),
+    outputs=("report.html", "virelay/"),
+    run=run,
+)
