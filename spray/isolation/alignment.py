@@ -1,0 +1,117 @@
+"""Finding the same content at slightly different places: template matching and congealing.
+
+Learned-Miller, "Data driven image models through continuous joint alignment", 2006, here with translations only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def match(images: Tensor, template: Tensor, mask: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Find where each image comes closest to the template inside the mask.
+
+    The distance at shift δ is Σ_p m(p) |I(p + δ) - T(p)|² / Σ_p m(p), summed over channels; beyond its border an
+    image is continued by its border pixels.
+
+    Parameters
+    ----------
+    images : Tensor
+        (n, C, H, W).
+    template : Tensor
+        (C, H, W).
+    mask : Tensor
+        (H, W) in [0, 1], not all zero.
+    radius : int
+        Largest shift in pixels, in both directions.
+
+    Returns
+    -------
+    distance : Tensor
+        (n,), at the best shift.
+    shift : Tensor of int64
+        (n, 2): by how many rows and columns the image's content lies away from the template's.
+    """
+    rows, columns = torch.where(mask.any(dim=1))[0], torch.where(mask.any(dim=0))[0]
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    left, right = int(columns[0]), int(columns[-1]) + 1
+    weight = mask[top:bottom, left:right].to(images)
+    kernel = template[:, top:bottom, left:right] * weight
+    padded = nn.functional.pad(images, (radius,) * 4, mode="replicate")
+    around = padded[:, :, top : bottom + 2 * radius, left : right + 2 * radius]
+    squares = nn.functional.conv2d((around**2).sum(dim=1, keepdim=True), weight[None, None])
+    products = nn.functional.conv2d(around, kernel[None])
+    constant = (kernel * template[:, top:bottom, left:right]).sum()
+    distance = ((squares - 2 * products + constant) / weight.sum()).flatten(1)
+    # Shifts that come equally close are decided for the smallest one: without content there is nothing to follow.
+    offset = torch.arange(-radius, radius + 1, device=images.device).float()
+    length = (offset[:, None] ** 2 + offset**2).flatten()
+    best = (distance + 1e-6 * length).argmin(dim=1)
+    shift = torch.stack([best // len(offset), best % len(offset)], dim=1) - radius
+    return distance.gather(1, best[:, None])[:, 0].clamp_min(0), shift
+
+
+def shifted(images: Tensor, shift: Tensor, radius: int) -> Tensor:
+    """Move each image back by its shift, so that its content lies where the template's does.
+
+    Parameters
+    ----------
+    images : Tensor
+        (n, C, H, W).
+    shift : Tensor of int64
+        (n, 2), at most `radius` in absolute value.
+    radius : int
+        Width of the border that is continued.
+
+    Returns
+    -------
+    Tensor
+        (n, C, H, W): result(p) = image(p + shift).
+    """
+    height, width = images.shape[2:]
+    padded = nn.functional.pad(images, (radius,) * 4, mode="replicate")
+    rows = torch.arange(height, device=images.device) + radius + shift[:, :1]
+    columns = torch.arange(width, device=images.device) + radius + shift[:, 1:]
+    sample = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def congeal(images: Tensor, mask: Tensor, radius: int, rounds: int = 6) -> tuple[Tensor, Tensor]:
+    """Align images to the template that they share.
+
+    Starts from the medoid among some images, the one that the others come closest to, then takes turns between
+    aligning all images with the template and making the template their median.
+
+    Parameters
+    ----------
+    images : Tensor
+        (n, C, H, W), n at least 1.
+    mask : Tensor
+        (H, W): where to look.
+    radius : int
+        Largest shift.
+    rounds : int
+        Most turns taken.
+
+    Returns
+    -------
+    template : Tensor
+        (C, H, W): the median of the aligned images.
+    shift : Tensor of int64
+        (n, 2), the median shift being zero.
+    """
+    step = max(1, len(images) // 16)
+    distances = torch.stack(
+        [match(images, image, mask, radius)[0].sqrt().mean() for image in images[::step]]
+    )
+    template = images[::step][int(distances.argmin())]
+    shift = torch.zeros(len(images), 2, dtype=torch.int64, device=images.device)
+    for _ in range(rounds):
+        _, found = match(images, template, mask, radius)
+        found = (found - found.median(dim=0).values).clamp(-radius, radius)
+        template = shifted(images, found, radius).median(dim=0).values
+        if torch.equal(found, shift):
+            break
+        shift = found
+    return template, shift

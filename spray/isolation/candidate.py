@@ -1,0 +1,218 @@
+"""Isolating what a cluster of heatmaps has in common: where (mask), what (pattern) and in which samples (score)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+from spray.isolation.alignment import congeal, match, shifted
+
+SIDE = 64
+"""Images with longer sides are matched at this size."""
+
+CONSISTENT = 0.3
+"""A pixel belongs to the artifact where the cluster's images differ from the pattern by less than this share of
+what the rest of the class differs from it by."""
+
+VISIBLE = 0.04
+"""... and where the rest of the class differs from the pattern by at least so much, in units of the pixel range."""
+
+
+LARGEST = 0.5
+"""An artifact covers at most so much of the image: what covers more is another image, not an addition to one."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An isolated candidate.
+
+    Attributes
+    ----------
+    mask : Tensor
+        (H, W) in [0, 1]: the artifact's opacity at its usual place.
+    pattern : Tensor
+        (C, H, W) in [0, 1]: its content there.
+    shifts : Tensor of int64
+        (n, 2): by how far it was moved in the samples it was isolated from.
+    scale : float
+        Typical distance of the rest of the class from the pattern; the unit of the score.
+    radius : int
+        Largest shift looked for.
+    constant : bool
+        Whether the samples share the same content there, or only the place.
+    """
+
+    mask: Tensor
+    pattern: Tensor
+    shifts: Tensor
+    scale: float
+    radius: int
+    constant: bool
+
+    def found(self, images: Tensor) -> Tensor:
+        """Return the mask (n, 1, H, W) at the place where each image (n, C, H, W) matches the pattern best."""
+        return self._moved(-self._match(images)[1])
+
+    def score(self, images: Tensor) -> Tensor:
+        """Return how well images match: 1 is the pattern itself, 0 as far from it as the rest of the class.
+
+        Parameters
+        ----------
+        images : Tensor
+            (n, C, H, W) in [0, 1].
+
+        Returns
+        -------
+        Tensor
+            (n,), at most 1.
+        """
+        return 1 - self._match(images)[0].sqrt() / self.scale
+
+    def insert(self, images: Tensor, rng: np.random.Generator, content: Tensor | None = None) -> Tensor:
+        """Add the artifact to images, each time moved by one of the shifts that were seen.
+
+        Parameters
+        ----------
+        images : Tensor
+            (n, C, H, W) in [0, 1].
+        rng : Generator
+            Draws the shifts.
+        content : Tensor, optional
+            (n, C, H, W): images to take the content from instead of the pattern, from the very same place.
+
+        Returns
+        -------
+        Tensor
+            (n, C, H, W).
+        """
+        mask, pattern = self.placed(len(images), rng)
+        return images + mask.to(images) * ((pattern if content is None else content).to(images) - images)
+
+    def placed(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Return `n` masks (n, 1, H, W) and patterns (n, C, H, W), each moved by a shift that was seen."""
+        moved = -self.shifts[torch.from_numpy(rng.integers(0, len(self.shifts), size=n))]
+        return self._moved(moved), shifted(self.pattern.expand(n, -1, -1, -1), moved, self.radius)
+
+    def _moved(self, shift: Tensor) -> Tensor:
+        """Return masks (n, 1, H, W), moved; unlike an image a mask is not continued beyond the border."""
+        height, width = self.mask.shape
+        margin = self.radius
+        wide = nn.functional.pad(self.mask[None, None], (margin,) * 4)
+        moved = shifted(wide.expand(len(shift), -1, -1, -1), shift, margin)
+        return moved[:, :, margin : margin + height, margin : margin + width]
+
+    def _match(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each image's distance (n,) from the pattern and the shift (n, 2) at which it is smallest."""
+        small, factor = _smaller(images)
+        mask, pattern = _smaller(self.mask[None, None])[0][0, 0], _smaller(self.pattern[None])[0][0]
+        distance, shift = match(small, pattern, mask, -(-self.radius // factor))
+        return distance, (shift * factor).clamp(-self.radius, self.radius)
+
+
+def isolate(images: Tensor, relevance: Tensor, other_images: Tensor, other_relevance: Tensor) -> Artifact | None:
+    """Isolate what the samples of a cluster share and the rest of their class does not have.
+
+    Parameters
+    ----------
+    images : Tensor
+        (n, C, H, W) in [0, 1], the cluster's.
+    relevance : Tensor
+        (n, H, W): their heatmaps.
+    other_images, other_relevance : Tensor
+        The same for other samples of the class.
+
+    Returns
+    -------
+    Artifact or None
+        None if there is no place where the cluster has more relevance than the rest.
+    """
+    radius = max(1, round(min(images.shape[2:]) / 10))
+    gain = relevance_gain(relevance, other_relevance)
+    region = gain > otsu(gain[gain > 0]) if (gain > 0).any() else torch.zeros_like(gain, dtype=torch.bool)
+    if not region.any():
+        return None
+    factor = _smaller(images)[1]
+    small_radius = -(-radius // factor)
+    around = torch.from_numpy(ndimage.binary_dilation(region.numpy(), iterations=radius)).float()
+    small_around = (_smaller(around[None, None])[0][0, 0] > 0).float()
+    _, shift = congeal(_smaller(images)[0], small_around, small_radius)
+    shift = (shift * factor).clamp(-radius, radius)
+    aligned = shifted(images, shift, radius)
+    pattern = aligned.median(dim=0).values
+    _, other_shift = match(_smaller(other_images)[0], _smaller(pattern[None])[0][0], small_around, small_radius)
+    other_aligned = shifted(other_images, (other_shift * factor).clamp(-radius, radius), radius)
+    spread = (aligned - pattern).abs().mean(dim=1).median(dim=0).values
+    distance = (other_aligned - pattern).abs().mean(dim=1).median(dim=0).values
+    aligned_gain = relevance_gain(
+        shifted(relevance[:, None], shift, radius)[:, 0],
+        shifted(other_relevance[:, None], (other_shift * factor).clamp(-radius, radius), radius)[:, 0],
+    )
+    region = aligned_gain > otsu(aligned_gain[aligned_gain > 0]) if (aligned_gain > 0).any() else region
+    same = (distance > VISIBLE) & (spread < CONSISTENT * distance)
+    mask, constant = _grow(region, same, aligned_gain)
+    scored = Artifact(mask, pattern, shift, 1.0, radius, constant)
+    scale = float((1 - scored.score(other_images)).median())
+    return Artifact(mask, pattern, shift, max(scale, 1e-6), radius, constant)
+
+
+def relevance_gain(relevance: Tensor, other: Tensor) -> Tensor:
+    """Return by how much a cluster's mean positive relevance exceeds the rest's at each pixel, smoothed.
+
+    Parameters
+    ----------
+    relevance, other : Tensor
+        (n, H, W); each map counts by its share: divided by the sum of its absolute values.
+
+    Returns
+    -------
+    Tensor
+        (H, W).
+    """
+
+    def share(maps: Tensor) -> Tensor:
+        total = maps.abs().sum(dim=(1, 2), keepdim=True)
+        return (maps.clamp_min(0) / total.clamp_min(torch.finfo(maps.dtype).tiny)).mean(dim=0)
+
+    difference = (share(relevance.float()) - share(other.float())).numpy()
+    return torch.from_numpy(ndimage.gaussian_filter(difference, sigma=max(difference.shape) / 40))
+
+
+def otsu(values: Tensor) -> float:
+    """Return Otsu's threshold of some values: it splits them with the least variance inside the two parts."""
+    from skimage.filters import threshold_otsu
+
+    array = values.numpy()
+    return float(threshold_otsu(array)) if array.min() < array.max() else float(array.min()) - 1e-12
+
+
+def _grow(region: Tensor, same: Tensor, gain: Tensor) -> tuple[Tensor, bool]:
+    """Return the mask, and whether its content is constant.
+
+    Where pixels of constant content meet the relevant region they are the artifact, with all that hangs together
+    with them; where hardly any do, only the place is common and the mask is the relevant region.
+    """
+    labelled, n = ndimage.label(same.numpy(), structure=np.ones((3, 3)))
+    inside = labelled[region.numpy()]
+    touched = [part for part in range(1, n + 1) if (inside == part).sum() >= 2]
+    grown = np.isin(labelled, touched)
+    filled = ndimage.binary_fill_holes(grown) if grown.mean() <= LARGEST else grown
+    share = float(gain.clamp_min(0)[torch.from_numpy(filled)].sum() / gain.clamp_min(0).sum().clamp_min(1e-12))
+    if share >= 0.25 and filled.mean() <= LARGEST:
+        return torch.from_numpy(filled).float(), True
+    return region.float(), False
+
+
+def _smaller(images: Tensor) -> tuple[Tensor, int]:
+    """Return images averaged down to at most `SIDE`, and the factor."""
+    factor = -(-max(images.shape[2:]) // SIDE)
+    return (images, 1) if factor == 1 else (nn.functional.avg_pool2d(images, factor, ceil_mode=True), factor)
+
+
+def scores(artifact: Artifact, batches: Iterator[Tensor]) -> np.ndarray:
+    """Return the score of every image, float32 (N,), of batches (n, C, H, W)."""
+    return torch.cat([artifact.score(batch) for batch in batches]).numpy().astype(np.float32)

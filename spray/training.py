@@ -1,0 +1,107 @@
+"""Training, prediction and evaluation of image classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spray.data.base import ImageDataset, Normalizer
+
+Transform = Callable[[Tensor, np.ndarray], Tensor]
+"""Changes a batch of pixels (n, C, H, W); the second argument holds the samples' indices."""
+
+
+def train(
+    model: nn.Module,
+    dataset: ImageDataset,
+    normalizer: Normalizer,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    device: torch.device | str = "cpu",
+    transform: Transform | None = None,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train `model` in place with cross-entropy, AdamW and a one-cycle learning rate; leave it in eval mode.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps normalised images (n, C, H, W) to logits (n, classes).
+    dataset : ImageDataset
+        Training images.
+    normalizer : Normalizer
+        From pixels to the model's input.
+    epochs, batch_size, learning_rate, weight_decay
+        Of the optimisation; `learning_rate` is the peak.
+    seed : int
+        Decides order and dropout; the caller's random state stays as it was.
+    device : torch.device or str
+        Where to train.
+    transform : callable, optional
+        Applied to every batch of pixels, e.g. to add an artifact.
+    on_epoch : callable, optional
+        Called with the number of epochs done and the mean loss of the last one.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    steps = epochs * max(1, -(-len(dataset) // batch_size))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.2)
+    order = np.random.default_rng(seed)
+    labels = torch.from_numpy(np.asarray(dataset.labels))
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        model.train()
+        for epoch in range(epochs):
+            permutation = order.permutation(len(dataset))
+            total = torch.zeros((), device=device)
+            for start in range(0, len(permutation), batch_size):
+                indices = permutation[start : start + batch_size]
+                pixels = dataset.batch(indices)
+                if transform is not None:
+                    pixels = transform(pixels, indices)
+                x = normalizer(pixels.to(device, non_blocking=True))
+                loss = nn.functional.cross_entropy(model(x), labels[indices].to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.detach() * len(indices)
+            if on_epoch is not None:
+                on_epoch(epoch + 1, float(total) / len(dataset))
+    model.eval()
+
+
+def batches(n: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Yield 0, …, n-1 in index arrays of at most `batch_size`."""
+    for start in range(0, n, batch_size):
+        yield np.arange(start, min(n, start + batch_size))
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    dataset: ImageDataset,
+    normalizer: Normalizer,
+    *,
+    indices: np.ndarray | None = None,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    transform: Transform | None = None,
+) -> Tensor:
+    """Return the logits, float32 (n, classes) on the CPU, of all images or of those at `indices`."""
+    chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+    logits = []
+    for part in batches(len(chosen), batch_size):
+        pixels = dataset.batch(chosen[part])
+        if transform is not None:
+            pixels = transform(pixels, chosen[part])
+        logits.append(model(normalizer(pixels.to(device, non_blocking=True))).float())
+    return torch.cat(logits).cpu() if logits else torch.empty(0, len(dataset.classes))
