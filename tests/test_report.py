@@ -151,11 +151,11 @@ def found(name: str = "striped coffee", files: str | None = None) -> ReportData:
         truth=Truth(3, name, "tag", 0.12, frozenset(range(10, 120))),
         embeddings=(embedding(name),),
         classes=tuple(
-            RankRow(i + 1, c, 900, 40.2 / (i + 1), 0.001 * 9**i, None, i == 0)
+            RankRow(i + 1, c, 900, 40.2 / (i + 1), min(0.001 * 9**i, 0.9), None, i == 0)
             for i, c in enumerate((name, "cat", "moon"))
         ),
         clusters=tuple(
-            RankRow(i + 1, name, 118 + i, 31.0 / (i + 1), 0.001 * 4**i, f"kmeans-03/{i}", i == 0)
+            RankRow(i + 1, name, 118 + i, 31.0 / (i + 1), min(0.001 * 4**i, 0.9), f"kmeans-03/{i}", i == 0)
             for i in range(14)
         ),
         caveats=("Tidy clusters do not mean a right finding.", "One seed."),
@@ -349,3 +349,17 @@ def test_browser_runs_the_script_and_nothing_else(tmp_path):
     assert "<title>owned</title>" not in done.stdout
     canvas = re.search(r"<canvas class=\"scatter\"[^>]*>", done.stdout).group()
     assert re.search(r'width="[1-9]\d\d', canvas)  # the script sized it
+
+
+def test_many_findings_in_large_noisy_images_stay_light():
+    """Noise is what compresses worst; numbers of artifacts, samples and points are the most that are gathered."""
+    rng = np.random.default_rng(3)
+    tiles = tuple(Tile("n", i, rng.random((3, 224, 224)), rng.normal(size=(224, 224))) for i in range(21))
+    pattern = rng.integers(0, 256, (224, 224, 4), dtype=np.uint8)
+    many = dataclasses.replace(
+        artifact("c"), galleries=(Gallery("g", "n", tiles),), pattern=pattern, mask=pattern[..., 0]
+    )
+    thumbnails = rng.integers(0, 256, (400, 48, 48, 3), dtype=np.uint8)
+    plot = dataclasses.replace(embedding("c"), thumbnails=thumbnails)
+    page = render(dataclasses.replace(found(), artifacts=(many,) * 4, embeddings=(plot,) * 4))
+    assert len(page) < 5_000_000

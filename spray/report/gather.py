@@ -29,8 +29,8 @@ from spray.report.words import number
 from spray.storage import read_json
 
 _CLASSES = 4  # embeddings shown at most
-_GALLERIES = 6  # artifacts shown with galleries at most
-_POINTS = 2000  # points with thumbnails on the whole page
+_GALLERIES = 4  # artifacts shown with galleries at most
+_POINTS = 1600  # points with thumbnails on the whole page
 _POINTS_OF_CLASS = 1000
 _CAVEATS = (
     "Tidy clusters and high separability do not mean a right finding: they say where to look, and the causal "

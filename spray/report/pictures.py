@@ -13,7 +13,8 @@ from spray import figures
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_LARGEST = 128  # pixels: a larger gallery picture is shrunk
+_LARGEST = 112  # pixels: a larger gallery picture is shrunk
+_PICTURE = 160  # the same for a pattern or a mask
 _LOSSLESS = 64  # pixels: up to this size single pixels matter and pictures are cheap
 
 
@@ -29,11 +30,17 @@ def triptych_uri(image: np.ndarray, relevance: np.ndarray, limit: float | None) 
     shrunk = picture.resize(
         (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BOX
     )
-    return _webp(shrunk, quality=80)
+    return _webp(shrunk, quality=70)
 
 
 def picture_uri(pixels: np.ndarray) -> str:
-    """Return a picture (H, W[, 3 or 4]), uint8 or float in [0, 1], as a lossless data URI."""
+    """Return a picture (H, W[, 3 or 4]) uint8 as a lossless data URI, shrunk where it is large."""
+    from PIL import Image
+
+    scale = min(1.0, _PICTURE / max(pixels.shape[:2]))
+    if scale < 1.0:
+        size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
     return _uri(figures.to_png(pixels), "png")
 
 

@@ -127,6 +127,7 @@ function scatter(stage) {
       draw();
     });
   }
+  resize();
   new ResizeObserver(resize).observe(canvas);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }
