@@ -26,6 +26,7 @@ from spray.report.data import (
     Truth,
     match_truth,
 )
+from spray.report.pictures import thumbnail
 from spray.report.render import best_correction, eigengap
 from spray.report.words import duration, interval, number, p_value, percent
 
@@ -352,14 +353,14 @@ def test_browser_runs_the_script_and_nothing_else(tmp_path):
 
 
 def test_many_findings_in_large_noisy_images_stay_light():
-    """Noise is what compresses worst; numbers of artifacts, samples and points are the most that are gathered."""
+    """Noise compresses worst; artifacts, samples and points are the most that are gathered."""
     rng = np.random.default_rng(3)
     tiles = tuple(Tile("n", i, rng.random((3, 224, 224)), rng.normal(size=(224, 224))) for i in range(21))
     pattern = rng.integers(0, 256, (224, 224, 4), dtype=np.uint8)
     many = dataclasses.replace(
         artifact("c"), galleries=(Gallery("g", "n", tiles),), pattern=pattern, mask=pattern[..., 0]
     )
-    thumbnails = rng.integers(0, 256, (400, 48, 48, 3), dtype=np.uint8)
+    thumbnails = np.stack([thumbnail(rng.random((3, 224, 224))) for _ in range(400)])
     plot = dataclasses.replace(embedding("c"), thumbnails=thumbnails)
     page = render(dataclasses.replace(found(), artifacts=(many,) * 4, embeddings=(plot,) * 4))
     assert len(page) < 5_000_000
