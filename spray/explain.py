@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,6 +69,8 @@ def explain(
     check_arguments(model, x)
     if method == "lrp":
         options = {"composite": composite, **options}
+    else:
+        refuse_options(options, attribute, method)
     devices = [x.device] if x.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
@@ -136,6 +139,17 @@ def check_arguments(model: nn.Module, x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"x must be a floating-point tensor of shape (N, ...), not {got}")
+
+
+def refuse_options(options: Mapping[str, Any], attribute: Attribution, method: str) -> None:
+    """Raise a UserError if there are options that a method doesn't take."""
+    parameters = inspect.signature(attribute).parameters.values()
+    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise UserError(
+            f"method {method!r} takes no option {', '.join(unknown)}; allowed: {', '.join(allowed) or 'none'}"
+        )
 
 
 def check_logits(output: Any, x: Tensor) -> Tensor:

@@ -49,7 +49,10 @@ class FullyConnected:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A (transposed) convolution over one to three dimensions."""
+    """A (transposed) convolution over one to three dimensions.
+
+    `trailing` is the zero padding after the last position of each dimension, beyond `padding` on both sides.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -57,10 +60,13 @@ class Convolution:
     groups: int = 1
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
+    trailing: tuple[int, ...] = ()
     kind: str = "convolution"
 
     def forward(self, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Return the convolution of `a` with `w`, plus `b` per channel."""
+        if any(self.trailing):
+            a = F.pad(a, [width for after in reversed(self.trailing) for width in (0, after)])
         return torch.convolution(
             a,
             w,
@@ -75,8 +81,10 @@ class Convolution:
 
     def transpose(self, s: Tensor, w: Tensor, shape: Sequence[int]) -> Tensor:
         """Return the vector-Jacobian product with respect to the input; the weight's is not computed."""
-        like = s.new_empty(1).expand(shape)
-        return torch.ops.aten.convolution_backward(
+        inner = shape[2:]
+        padded = [n + after for n, after in zip(inner, self.trailing or (0,) * len(inner), strict=True)]
+        like = s.new_empty(1).expand(*shape[:2], *padded)
+        R = torch.ops.aten.convolution_backward(
             s,
             like,
             w,
@@ -89,6 +97,7 @@ class Convolution:
             self.groups,
             (True, False, False),
         )[0]
+        return R[(..., *(slice(n) for n in inner))] if any(self.trailing) else R
 
     def scale_outputs(self, w: Tensor, scale: Tensor) -> Tensor:
         """Scale the filters; a transposed convolution holds its outputs group by group in dimension 1."""

@@ -19,7 +19,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -71,7 +70,7 @@ def affine(
     compute: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Return ``compute(a)``, an affine layer, under the composite's rule."""
-    if any(t is not None and record_of(t) for t in (weight, bias)):
+    if not record_of(a) or any(t is not None and record_of(t) for t in (weight, bias)):
         trace.fail(f"a {map.kind} layer whose weight or bias depends on the input")
     record, name = known(a), trace.layer_name(weight)
     layer = partial(Layer, map, weight.detach(), detached(bias), a.shape, record.nonnegative)
@@ -95,9 +94,16 @@ def linear(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
         return input, weight, bias
 
     a, weight, bias = unpack(*args, **kwargs)
-    if not record_of(a):
-        trace.fail("a linear layer whose weight or bias depends on the input")
     return affine(trace, a, FullyConnected(), weight, bias, lambda t: func(t, weight, bias))
+
+
+@handles("matmul mm __matmul__")
+def matrix_product(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
+    """Handle the product of a tensor with a constant matrix, which is a linear layer."""
+    a, weight = (*args, *kwargs.values())[:2]
+    if not record_of(a) or record_of(weight) or weight.dim() != 2:
+        trace.fail("a matrix product other than with a constant matrix on the right")
+    return affine(trace, a, FullyConnected(), weight.mT, None, lambda t: func(t, weight))
 
 
 @handles("conv1d conv2d conv3d")
@@ -119,19 +125,15 @@ def convolution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     dims = weight.dim() - 2
     batched(trace, a, dims)
     dilation = per_dimension(dilation, dims)
+    trailing: tuple[int, ...] = ()
     if padding == "same":
-        a, padding = pad_same(trace, a, weight, dilation)
+        padding, trailing = same_padding(weight, dilation)
     elif padding == "valid":
         padding = 0
-    map = Convolution(per_dimension(stride, dims), per_dimension(padding, dims), dilation, groups)
-    return affine(
-        trace,
-        a,
-        map,
-        weight,
-        bias,
-        lambda t: func(t, weight, bias, map.stride, map.padding, dilation, groups),
+    map = Convolution(
+        per_dimension(stride, dims), per_dimension(padding, dims), dilation, groups, trailing=trailing
     )
+    return affine(trace, a, map, weight, bias, rest_of(func, args, kwargs))
 
 
 @handles("conv_transpose1d conv_transpose2d conv_transpose3d")
@@ -161,13 +163,17 @@ def transposed_convolution(trace: Trace, func: Call, args: Any, kwargs: Any) -> 
         transposed=True,
         output_padding=per_dimension(output_padding, dims),
     )
-    return affine(trace, a, map, weight, bias, lambda t: func(t, *args[1:], **kwargs))
+    return affine(trace, a, map, weight, bias, rest_of(func, args, kwargs))
+
+
+def rest_of(func: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Return `func` as a function of its first argument, `input`, alone."""
+    rest = {key: value for key, value in kwargs.items() if key != "input"}
+    return lambda a: func(a, *args[1:], **rest)
 
 
 def batched(trace: Trace, a: Tensor, dims: int) -> None:
     """Refuse a convolution's input without the dimension of the samples."""
-    if not record_of(a):
-        trace.fail("a convolution whose weight or bias depends on the input")
     if a.dim() != dims + 2:
         trace.fail(f"a convolution of an input with {a.dim()} dimensions instead of {dims + 2}")
 
@@ -178,17 +184,10 @@ def per_dimension(value: Any, dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
-def pad_same(
-    trace: Trace, a: Tensor, weight: Tensor, dilation: tuple[int, ...]
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the input and the padding that padding='same' means; torch puts an odd rest on the right."""
+def same_padding(weight: Tensor, dilation: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what padding='same' means: the padding on both sides and torch's odd rest after the end."""
     total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    half = tuple(t // 2 for t in total)
-    rest = [t % 2 for t in total]
-    if any(rest):
-        widths = [width for r in reversed(rest) for width in (0, r)]
-        a = move(trace, F.pad, (a, widths), {})
-    return a, half
+    return tuple(t // 2 for t in total), tuple(t % 2 for t in total)
 
 
 @handles("batch_norm")
@@ -242,19 +241,20 @@ def by_contribution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
 
 
 SHAPES = (
-    "reshape view flatten unflatten ravel permute transpose t T mT swapaxes swapdims movedim moveaxis squeeze "
-    "unsqueeze expand expand_as view_as reshape_as broadcast_to pixel_shuffle pixel_unshuffle channel_shuffle "
-    "native_channel_shuffle roll flip rot90"
+    "reshape view flatten unflatten ravel permute transpose t T mT swapaxes swapdims movedim moveaxis "
+    "squeeze unsqueeze expand expand_as view_as reshape_as broadcast_to pixel_shuffle pixel_unshuffle "
+    "channel_shuffle native_channel_shuffle roll flip rot90"
 )
 PARTS = (
-    "chunk split split_with_sizes tensor_split unbind narrow select index_select gather __getitem__ cat concat "
-    "concatenate stack hstack vstack tile repeat repeat_interleave pad unfold"
+    "chunk split split_with_sizes tensor_split unbind narrow select index_select gather __getitem__ cat "
+    "concat concatenate stack hstack vstack tile repeat repeat_interleave pad unfold"
 )
 COPIES = "contiguous clone alias to type float double half bfloat16 cpu cuda"
 MAXIMA = (
-    "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices "
-    "adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices max amax maximum"
+    "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices "
+    "max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+    "adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices "
+    "adaptive_max_pool3d_with_indices max amax maximum"
 )
 
 

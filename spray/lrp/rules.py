@@ -233,10 +233,10 @@ class ZBox(Rule):
         low, high = bound(self.low, a), bound(self.high, a)
         slack = 1e-3 * (high - low)
         if bool((slack < 0).any()) or bool((a < low - slack).any()) or bool((a > high + slack).any()):
-            least, greatest = float(a.min()), float(a.max())
+            least, greatest = float(a.detach().min()), float(a.detach().max())
             raise UserError(
                 f"low= and high= do not enclose the input of layer {name!r}, which has values from "
-                f"{least:.4g} to {greatest:.4g}: give the least and greatest value per channel after normalisation"
+                f"{least:.4g} to {greatest:.4g}: give the bounds per channel after normalisation"
             )
 
 

@@ -115,8 +115,9 @@ class Trace(TorchFunctionMode):
         record = Record(t.grad_fn, after_affine=any(r.after_affine for r in records))
         for key, value in known.items():
             setattr(record, key, value)
+        address = t.untyped_storage().data_ptr()  # 0 for a tensor without elements
         for parent, of_parent in zip(parents, records, strict=True):
-            if parent.untyped_storage().data_ptr() == t.untyped_storage().data_ptr():
+            if address and parent.untyped_storage().data_ptr() == address:
                 record.memory, record.version = of_parent.memory, of_parent.memory.version
         t.__dict__["_spray_record"] = record
         return t
