@@ -263,7 +263,7 @@ def in_place_alias(m: Any, x: Tensor) -> Tensor:
     x.relu_()
     x = m.c2(x)
     x += shortcut
-    return head(m, x.mul_(2).add_(1))
+    return head(m, x.mul_(2).unsqueeze_(1).add_(1).squeeze_(1))
 
 
 def in_place_modules(m: Any, x: Tensor) -> Tensor:
@@ -413,7 +413,7 @@ def accumulated(m: Any, x: Tensor) -> Tensor:
         (lambda m, x: head(m, F.conv2d(x, x)), "depends on the input"),
         (lambda m, x: head(m, F.batch_norm(m.c1(x), None, None, training=True)), "own statistics"),
         (lambda m, x: head(m, torch.add(m.c1(x), 1, out=torch.empty(0))), r"add\(out=...\)"),
-        (lambda m, x: head(m, Hidden.apply(m.c1(x))), "can't see"),
+        (lambda m, x: head(m, Hidden.apply(m.c1(x))), "can't see into"),
         (lambda m, x: Hidden.apply(head(m, m.c1(x))), "can't see"),
         (in_place_through_view, "through one of its views"),
         (view_of_changed, "through one of its views"),
@@ -434,3 +434,69 @@ def test_error_names_the_module() -> None:
     model = nn.Sequential(inner, nn.Flatten(), nn.Linear(64, 2)).eval()
     with pytest.raises(UserError, match=r"local_response_norm \(in module '0.1'\)"):
         explain(model, torch.randn(2, 3, 6, 6), 0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript_is_refused() -> None:
+    model = torch.jit.trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval(), torch.randn(1, 3, 2, 2))
+    with pytest.raises(UserError, match="can't see into"):
+        explain(model, torch.randn(2, 3, 2, 2), 0)
+
+
+def test_weights_that_are_computed_and_arguments_by_keyword() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 6, 3)
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3))
+    normed.load_state_dict(nn.utils.parametrizations.weight_norm(layer).state_dict())
+
+    def by_keyword(m: Any, x: Tensor) -> Tensor:
+        y = F.conv2d(input=x, weight=layer.weight, bias=layer.bias, padding="valid")
+        return F.linear(input=y.mean((2, 3)), weight=m.fc.weight)
+
+    fc = nn.Linear(6, 2, bias=False)
+    x = torch.randn(2, 3, 6, 6)
+    a = explain(Net(lambda m, x: m.fc(m.conv(x).mean((2, 3))), conv=normed, fc=fc).eval(), x, 0)
+    torch.testing.assert_close(a, explain(Net(by_keyword, fc=fc).eval(), x, 0))
+    assert float(a.abs().max()) > 0
+
+
+ACTIVATIONS = [
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardshrink,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.PReLU,
+    nn.RReLU,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softshrink,
+    nn.Softsign,
+    nn.Tanh,
+    nn.Tanhshrink,
+    lambda: nn.Threshold(0.1, 0.0, inplace=True),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: getattr(a, "__name__", "activation"))
+def test_activations_pass_relevance(activation: Callable[[], nn.Module]) -> None:
+    """Below an activation the relevance is that of a network whose activation is hidden in the input."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 2, 3, bias=False).double()
+    act = activation().double().eval()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    model = nn.Sequential(act, convolution, nn.Flatten()).eval()
+    values = act(x.clone()).detach()
+    expected = explain(
+        nn.Sequential(convolution, nn.Flatten()).eval(), values, 0, composite="epsilon_alpha2_beta1"
+    )
+    torch.testing.assert_close(explain(model, x, 0, composite="epsilon_alpha2_beta1"), expected)

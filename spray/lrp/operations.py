@@ -283,7 +283,8 @@ BOUNDED = "tanh hardtanh relu6 softsign"
 NONNEGATIVE = f"{SIGMOIDS} relu relu6 softplus abs"
 ACTIVATIONS = (
     f"{SIGMOIDS} {BOUNDED} {NONNEGATIVE} leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish "
-    "logsigmoid clamp clip clamp_min threshold hardshrink softshrink tanhshrink neg negative positive"
+    "logsigmoid log_sigmoid threshold _threshold clamp clip clamp_min hardshrink softshrink tanhshrink "
+    "neg negative positive"
 )
 
 

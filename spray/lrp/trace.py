@@ -136,20 +136,18 @@ class Trace(TorchFunctionMode):
             record = record_of(t)
         hidden = t.requires_grad and t.grad_fn is not (record.node if record else None)
         if hidden:
-            self.fail(
-                f"an operation that LRP can't see ({type(t.grad_fn).__name__}: a custom autograd function, "
-                "checkpointing or TorchScript)"
-            )
+            hidden_in = "a custom autograd function, a checkpointed or a TorchScript part"
+            self.fail(f"{hidden_in} ({type(t.grad_fn).__name__})", "can't see into")
         if record is not None and record.version != record.memory.version:
-            self.fail("a tensor that was changed in place through one of its views")
+            self.fail("a tensor that was changed in place through one of its views", "can't follow")
         return t
 
-    def fail(self, what: str) -> None:
-        """Raise the error that says that the model uses `what`, and in which module."""
+    def fail(self, what: str, problem: str = "has no rule for") -> None:
+        """Raise the error that says that LRP has a `problem` with `what`, and in which module that is."""
         module = next(self._active_modules(), None)
         place = f" (in module {module!r})" if module else ""
         raise UserError(
-            f"LRP has no rule for {what}{place}; replace it in the model or use method='gradient_x_input'"
+            f"LRP {problem} {what}{place}; replace it in the model or use method='gradient_x_input'"
         )
 
     def layer_name(self, weight: Tensor) -> str:
@@ -185,7 +183,7 @@ class Trace(TorchFunctionMode):
         if handler is not None:
             return handler(self, func, args, kwargs)
         if name == "__setitem__":
-            self.fail("assigning to a part of a tensor")
+            self.fail("assigning to a part of a tensor", "can't follow")
         result = func(*args, **kwargs)
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
             self.fail(name)
@@ -209,9 +207,11 @@ class Trace(TorchFunctionMode):
             target = record.alias
             record = record_of(target)
         if record is None:
-            self.fail("writing into a tensor that does not depend on the input")
+            self.fail("writing into a tensor that does not depend on the input", "can't follow")
         elif result is not target:
-            record.memory.version += 1
+            after = record_of(result)
+            if after is None or after.memory is not record.memory:  # else only the shape changed
+                record.memory.version += 1
             record.alias = result
 
     def _active_modules(self) -> Iterator[str]:
