@@ -37,7 +37,7 @@ def _main() -> int:
     _codes.clear()
     _log_to_terminal()
     try:
-        _check_flags(sys.argv[1:])
+        sys.argv[1:] = flags_first(sys.argv[1:])
         _run_hydra()
     except KeyboardInterrupt:
         print("spray: interrupted; the same command with the same run_dir goes on from here", file=sys.stderr)
@@ -90,9 +90,11 @@ def _job(config: DictConfig) -> None:
 
     settings = HydraConfig.get()
     sweep = settings.mode == RunMode.MULTIRUN
-    name = ",".join(settings.overrides.task) if sweep else ""
+    # What this job has and the command line as typed does not is what the sweep varies.
+    varied = [override for override in settings.overrides.task if override not in sys.argv]
+    name = (",".join(varied) or str(settings.job.num)) if sweep else ""
     if sweep:
-        _log.info("job %s: %s", settings.job.num, name)
+        _log.info("job %s", name)
     try:
         _run_job(config, settings)
         _codes.append(DONE)
@@ -165,8 +167,14 @@ def _write_config(folder: Path, config: DictConfig, settings: Any) -> None:
     write_text(folder / "overrides.yaml", OmegaConf.to_yaml(settings.overrides.task))
 
 
-def _check_flags(arguments: list[str]) -> None:
-    """Let Hydra's parser read the command line first, with errors of one line."""
+def flags_first(arguments: list[str]) -> list[str]:
+    """Return the arguments with flags before overrides, since Hydra takes no flag between two overrides.
+
+    Raises
+    ------
+    UserError
+        For a flag that there is not; Hydra's own parser would print its usage over many lines.
+    """
     from hydra._internal.utils import get_args_parser
 
     class Parser(argparse.ArgumentParser):
@@ -175,7 +183,12 @@ def _check_flags(arguments: list[str]) -> None:
 
     parser = get_args_parser()
     parser.__class__ = Parser
-    parser.parse_args(arguments)
+    overrides = parser.parse_intermixed_args(arguments).overrides
+    flags = list(arguments)
+    for override in reversed(overrides):
+        # From the end, since a flag's value stands right behind it.
+        del flags[len(flags) - 1 - flags[::-1].index(override)]
+    return flags + overrides
 
 
 def _log_to_terminal() -> None:

@@ -102,10 +102,8 @@ def decide(
         settings = _settings(context, stage, inputs)
         upstream = {need: decisions[need].key for need in stage.needs}
         key = digest({"settings": settings, "upstream": upstream, "format": RESULT_FORMAT})
-        reason = _reason(context.run_dir, record.stages.get(name), settings, key)
-        for need in stage.needs:
-            if reason is None and decisions[need].reason is not None:
-                reason = f"{need} was recomputed"
+        redone = [need for need in stage.needs if decisions[need].reason is not None]
+        reason = _reason(context.run_dir, record.stages.get(name), settings, key, redone)
         decisions[name] = Decision(stage, key, settings, upstream, reason)
     for name, decision in decisions.items():
         if name not in asked and decision.reason is not None:
@@ -222,7 +220,9 @@ def _wrote(entry: Mapping[str, Any], path: Path, run_dir: Path) -> bool:
     return cut_short and path.stat().st_mtime >= datetime.fromisoformat(entry["started"]).timestamp()
 
 
-def _reason(run_dir: Path, entry: dict[str, Any] | None, settings: dict[str, Any], key: str) -> str | None:
+def _reason(
+    run_dir: Path, entry: dict[str, Any] | None, settings: dict[str, Any], key: str, redone: Sequence[str]
+) -> str | None:
     """Say why a stage has to run, going by its entry in run.json; None if it is up to date."""
     if entry is None or "key" not in entry:
         return "it was not computed yet"
@@ -234,8 +234,10 @@ def _reason(run_dir: Path, entry: dict[str, Any] | None, settings: dict[str, Any
         return f"it failed before ({entry['error']})"
     if entry["status"] == "pending":
         return str(entry["stale"])
+    if redone:
+        return f"{redone[0]} was recomputed"
     if entry["key"] != key:
-        return "what it builds on changed"
+        return "the format of results changed"
     return changed_output(run_dir, entry["outputs"])
 
 

@@ -37,7 +37,7 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
         section, name = key.split(".")
         if (value := getattr(getattr(config, section), name)) < 1:
             raise UserError(f"{key}={value} is too small; it has to be at least 1")
-    if "correct" in stages:
+    if "correct" in stages and config.correction.methods:
         from spray.correction import CORRECTIONS
 
         for method in config.correction.methods:

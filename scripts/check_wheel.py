@@ -1,4 +1,4 @@
-"""Checks what a wheel would put into site-packages: the package `spray`, with its configuration and pipelines."""
+"""Checks what a wheel puts into site-packages: `spray`, with its configuration and pipelines."""
 
 from __future__ import annotations
 

@@ -1,0 +1,69 @@
+"""What the tests of the command and of the runner share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fakes
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from spray.pipelines import cli
+
+FAKES = Path(fakes.__file__)
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+    ran: list[str]
+
+
+@pytest.fixture
+def spray(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Callable[..., Result]]:
+    """The command in this process, in an empty folder, with fake stages."""
+    fakes.install(monkeypatch.setattr)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, fakes_only: bool = True) -> Result:
+        fakes.ran.clear()
+        monkeypatch.setattr(sys, "argv", ["spray", *(fakes.ARGUMENTS if fakes_only else []), *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), captured.out, captured.err, list(fakes.ran))
+
+    yield run
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """The command in a process of its own, in an empty folder, with fake stages."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(FAKES), *fakes.ARGUMENTS, *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(FAKES.parent.parent)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
