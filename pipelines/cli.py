@@ -87,11 +87,13 @@ def _job(config: DictConfig) -> None:
     """Run one job and note its exit code, so that the other jobs of a sweep go on after a failure."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     settings = HydraConfig.get()
     sweep = settings.mode == RunMode.MULTIRUN
     # What this job has and the command line as typed does not is what the sweep varies.
-    varied = [override for override in settings.overrides.task if override not in sys.argv]
+    overrides = OmegaConf.to_container(settings.overrides.task)
+    varied = [str(override) for override in overrides if override not in sys.argv]
     name = (",".join(varied) or str(settings.job.num)) if sweep else ""
     if sweep:
         _log.info("job %s", name)
