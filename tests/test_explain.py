@@ -247,7 +247,6 @@ def test_an_empty_batch_gives_an_empty_attribution() -> None:
     "code",
     [
         "from spray import explain",
-        "import spray.explain; from spray import explain",
         "from spray.explain import ATTRIBUTIONS; import spray; explain = spray.explain",
     ],
 )

@@ -168,6 +168,15 @@ def test_lrp_0_is_gradient_x_input_on_torchvision(name: str) -> None:
     close(explain(model, x, 1, composite="lrp_0"), explain(model, x, 1, method="gradient_x_input"), 1e-9)
 
 
+def narrow_vgg() -> nn.Module:
+    from torchvision.models.vgg import VGG, make_layers
+
+    torch.manual_seed(0)
+    model = VGG(make_layers([16, "M", 32, "M", 64, 64, "M"], batch_norm=True), init_weights=False)
+    model.classifier = nn.Sequential(nn.Linear(64 * 49, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 5))
+    return randomize(model)
+
+
 def zennit_relevance(model: nn.Module, x: Tensor, target: int, composite: str, **options: Any) -> Tensor:
     from zennit import composites
     from zennit.torchvision import ResNetCanonizer, VGGCanonizer
@@ -199,9 +208,11 @@ BOX = {
         ("excitation_backprop", {}),
     ],
 )
-@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18"])
-def test_composites_agree_with_zennit(name: str, composite: str, options: dict[str, Any]) -> None:
-    model = torchvision_model(name)
+@pytest.mark.parametrize("make", [narrow_vgg, lambda: torchvision_model("resnet18")], ids=["vgg", "resnet18"])
+def test_composites_agree_with_zennit(
+    make: Callable[[], nn.Module], composite: str, options: dict[str, Any]
+) -> None:
+    model = make()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-12  # zennit divides by √(1 + eps) once more after its merge
