@@ -54,7 +54,7 @@ class AttributionConfig:
     composite: str = "epsilon_plus_flat"
     # `label`, `prediction` or a class index.
     target: str = "label"
-    batch_size: int = 100
+    batch_size: int = 64
     dtype: str = "float32"
 
 
@@ -71,7 +71,8 @@ class AnalysisConfig:
 
     n_neighbors: int = 10
     n_components: int = 32
-    pool: int | None = None
+    # Heatmaps larger than this are averaged down to it before they are compared.
+    grid: int = 16
     n_clusters: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8])
     umap: bool = True
 
@@ -80,6 +81,7 @@ class AnalysisConfig:
 class RankConfig:
     """How classes and clusters are scored."""
 
+    # `cross_fitted`, or `fisher`: the tutorial's score, measured on the embedding itself.
     score: str = "cross_fitted"
 
 
@@ -87,18 +89,30 @@ class RankConfig:
 class IsolateConfig:
     """How artifacts are cut out and put to the test."""
 
+    # Most clusters looked at, of each class and altogether.
+    per_class: int = 2
+    candidates: int = 40
+    # Most samples that an artifact is isolated from, and most test images that it is added to.
+    n_samples: int = 200
+    n_tested: int = 500
+
 
 @dataclass
 class CorrectionConfig:
     """Which corrections are tried."""
 
-    methods: list[str] = field(default_factory=lambda: ["fine_tune", "a_clarc", "p_clarc"])
-    epochs: int = 1
+    # The control `fine_tuned` is always made as well.
+    methods: list[str] = field(default_factory=lambda: ["a_clarc", "p_clarc"])
+    epochs: int = 2
+    learning_rate: float = 5e-4
 
 
 @dataclass
 class VerifyConfig:
     """How models are compared."""
+
+    # Attacked images of which the relevance is measured.
+    n_explained: int = 500
 
 
 @dataclass

@@ -96,11 +96,29 @@ class Context:
     @cached_property
     def model(self) -> nn.Module:
         """The model under study: the architecture with the weights of `model.pt`."""
+        return self.load_model(self.run_dir / "model.pt")
+
+    def load_model(self, path: Path) -> nn.Module:
+        """Return the architecture in eval mode on the device with the weights at `path`."""
         from spray.models.loading import load_checkpoint
 
         model = self.build_model()
-        load_checkpoint(model, str(self.run_dir / "model.pt"))
+        load_checkpoint(model, str(path))
         return model.to(self.device).eval()
+
+    def predict(self, model: nn.Module, dataset: ImageDataset) -> Tensor:
+        """Return a model's logits (n, classes) for a whole dataset, on the CPU."""
+        from spray.training import predict
+
+        return predict(
+            model, dataset, self.normalizer, batch_size=self.config.attribution.batch_size, device=self.device
+        )
+
+    @torch.inference_mode()
+    def predict_pixels(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """Return a model's logits (n, classes) for pixels (n, C, H, W) in [0, 1], on the CPU."""
+        parts = pixels.split(self.config.attribution.batch_size)
+        return torch.cat([model(self.normalizer(p.to(self.device))).float().cpu() for p in parts])
 
     def forget_model(self) -> None:
         """Let the next reader of `model` load it anew, so that no stage sees what another did to it."""

@@ -33,23 +33,34 @@ def match(images: Tensor, template: Tensor, mask: Tensor, radius: int) -> tuple[
     shift : Tensor of int64
         (n, 2): by how many rows and columns the image's content lies away from the template's.
     """
-    rows, columns = torch.where(mask.any(dim=1))[0], torch.where(mask.any(dim=0))[0]
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
-    left, right = int(columns[0]), int(columns[-1]) + 1
-    weight = mask[top:bottom, left:right].to(images)
-    kernel = template[:, top:bottom, left:right] * weight
+    kernels, weights, constant = _shifted_kernels(template, mask.to(images), radius)
     padded = nn.functional.pad(images, (radius,) * 4, mode="replicate")
-    around = padded[:, :, top : bottom + 2 * radius, left : right + 2 * radius]
-    squares = nn.functional.conv2d((around**2).sum(dim=1, keepdim=True), weight[None, None])
-    products = nn.functional.conv2d(around, kernel[None])
-    constant = (kernel * template[:, top:bottom, left:right]).sum()
-    distance = ((squares - 2 * products + constant) / weight.sum()).flatten(1)
+    squares = (padded**2).sum(dim=1).flatten(1) @ weights
+    products = padded.flatten(1) @ kernels
+    distance = (squares - 2 * products + constant) / mask.sum()
     # Shifts that come equally close are decided for the smallest one: without content there is nothing to follow.
     offset = torch.arange(-radius, radius + 1, device=images.device).float()
     length = (offset[:, None] ** 2 + offset**2).flatten()
     best = (distance + 1e-6 * length).argmin(dim=1)
     shift = torch.stack([best // len(offset), best % len(offset)], dim=1) - radius
     return distance.gather(1, best[:, None])[:, 0].clamp_min(0), shift
+
+
+def _shifted_kernels(template: Tensor, mask: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return m·T and m at every shift as columns over the padded image, and Σ m T².
+
+    With them a matrix product gives the distance of all images at all shifts.
+    """
+    height, width = mask.shape
+    side = 2 * radius + 1
+    weighted = mask * template
+    kernels = template.new_zeros(side, side, len(template), height + 2 * radius, width + 2 * radius)
+    weights = template.new_zeros(side, side, height + 2 * radius, width + 2 * radius)
+    for dy in range(side):
+        for dx in range(side):
+            kernels[dy, dx, :, dy : dy + height, dx : dx + width] = weighted
+            weights[dy, dx, dy : dy + height, dx : dx + width] = mask
+    return kernels.flatten(2).flatten(0, 1).T, weights.flatten(2).flatten(0, 1).T, (weighted * template).sum()
 
 
 def shifted(images: Tensor, shift: Tensor, radius: int) -> Tensor:
@@ -101,11 +112,9 @@ def congeal(images: Tensor, mask: Tensor, radius: int, rounds: int = 6) -> tuple
     shift : Tensor of int64
         (n, 2), the median shift being zero.
     """
-    step = max(1, len(images) // 16)
-    distances = torch.stack(
-        [match(images, image, mask, radius)[0].sqrt().mean() for image in images[::step]]
-    )
-    template = images[::step][int(distances.argmin())]
+    some = images[:: max(1, len(images) // 16)]
+    distances = torch.stack([match(some, image, mask, radius)[0].sqrt().mean() for image in some])
+    template = some[int(distances.argmin())]
     shift = torch.zeros(len(images), 2, dtype=torch.int64, device=images.device)
     for _ in range(rounds):
         _, found = match(images, template, mask, radius)

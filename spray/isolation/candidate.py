@@ -23,6 +23,9 @@ VISIBLE = 0.04
 """... and where the rest of the class differs from the pattern by at least so much, in units of the pixel range."""
 
 
+CARRIED = 0.75
+"""Share of the cluster's samples in which a pixel has to be constant."""
+
 LARGEST = 0.5
 """An artifact covers at most so much of the image: what covers more is another image, not an addition to one."""
 
@@ -73,15 +76,15 @@ class Artifact:
         """
         return 1 - self._match(images)[0].sqrt() / self.scale
 
-    def insert(self, images: Tensor, rng: np.random.Generator, content: Tensor | None = None) -> Tensor:
+    def insert(self, images: Tensor, draws: np.ndarray, content: Tensor | None = None) -> Tensor:
         """Add the artifact to images, each time moved by one of the shifts that were seen.
 
         Parameters
         ----------
         images : Tensor
             (n, C, H, W) in [0, 1].
-        rng : Generator
-            Draws the shifts.
+        draws : ndarray of int
+            (n,), at least 0: which of the shifts to take, modulo their number.
         content : Tensor, optional
             (n, C, H, W): images to take the content from instead of the pattern, from the very same place.
 
@@ -90,13 +93,13 @@ class Artifact:
         Tensor
             (n, C, H, W).
         """
-        mask, pattern = self.placed(len(images), rng)
+        mask, pattern = self.placed(draws)
         return images + mask.to(images) * ((pattern if content is None else content).to(images) - images)
 
-    def placed(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Return `n` masks (n, 1, H, W) and patterns (n, C, H, W), each moved by a shift that was seen."""
-        moved = -self.shifts[torch.from_numpy(rng.integers(0, len(self.shifts), size=n))]
-        return self._moved(moved), shifted(self.pattern.expand(n, -1, -1, -1), moved, self.radius)
+    def placed(self, draws: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return masks (n, 1, H, W) and patterns (n, C, H, W), each moved by the shift that was drawn for it."""
+        moved = -self.shifts[torch.from_numpy(np.asarray(draws) % len(self.shifts))]
+        return self._moved(moved), shifted(self.pattern.expand(len(moved), -1, -1, -1), moved, self.radius)
 
     def _moved(self, shift: Tensor) -> Tensor:
         """Return masks (n, 1, H, W), moved; unlike an image a mask is not continued beyond the border."""
@@ -146,7 +149,7 @@ def isolate(images: Tensor, relevance: Tensor, other_images: Tensor, other_relev
     pattern = aligned.median(dim=0).values
     _, other_shift = match(_smaller(other_images)[0], _smaller(pattern[None])[0][0], small_around, small_radius)
     other_aligned = shifted(other_images, (other_shift * factor).clamp(-radius, radius), radius)
-    spread = (aligned - pattern).abs().mean(dim=1).median(dim=0).values
+    spread = (aligned - pattern).abs().mean(dim=1).quantile(CARRIED, dim=0)
     distance = (other_aligned - pattern).abs().mean(dim=1).median(dim=0).values
     aligned_gain = relevance_gain(
         shifted(relevance[:, None], shift, radius)[:, 0],

@@ -16,7 +16,8 @@ LEVEL = 0.01
 """Level of the tests, after Holm's correction for all candidates."""
 
 MIN_EFFECT = 0.1
-"""Least difference of flip rate and control flip rate that counts as an effect."""
+"""Least difference of flip rate and control flip rate that counts as an effect; twice that where the samples
+do not share the content, since what is tested then is a part of an image, not one thing."""
 
 Predictor = Callable[[Tensor], Tensor]
 """From pixels (n, C, H, W) to logits (n, classes)."""
@@ -92,9 +93,18 @@ def test_effect(
     others, before = others[keep], before[keep]
     if not len(others) or not len(donors) or not len(carriers):
         return Effect(0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0)
-    content = donors[torch.from_numpy(np.random.default_rng([seed, 1]).integers(0, len(donors), len(others)))]
-    added = predict(artifact.insert(others, np.random.default_rng([seed, 2])))
-    control = predict(artifact.insert(others, np.random.default_rng([seed, 2]), content))
+    rng = np.random.default_rng([seed, 1])
+    donor, draws = rng.integers(0, 2**31, size=(2, len(others)))
+
+    def content_of(images: Tensor) -> Tensor:
+        return images[torch.from_numpy(donor % len(images))]
+
+    def add(content: Tensor | None) -> Tensor:
+        return predict(artifact.insert(others, draws, content))
+
+    # Where the samples share the place but not the content, a median of it is nothing that any of them shows.
+    added = add(None if artifact.constant else content_of(carriers))
+    control = add(content_of(donors))
     flips, control_flips = (logits.argmax(dim=1) == target for logits in (added, control))
     only = int((flips & ~control_flips).sum())
     discordant = int((flips ^ control_flips).sum())
@@ -130,29 +140,33 @@ def removal_cost(
     Tensor
         (n,).
     """
-    rng = np.random.default_rng([seed, 3])
+    rng = np.random.default_rng([seed, 2])
     content = donors[torch.from_numpy(rng.integers(0, len(donors), len(images)))]
     mask = artifact.found(images)
     return (predict(images) - predict(images + mask * (content - images)))[:, target]
 
 
-def verdict(effect: Effect, p_value: float, removal_p_value: float) -> str:
+def verdict(effect: Effect, constant: bool, p_value: float, removal_p_value: float) -> str:
     """Say what a candidate is.
 
     Parameters
     ----------
     effect : Effect
         Of the candidate.
+    constant : bool
+        Whether its samples share its content, or only its place.
     p_value, removal_p_value : float
         Its p-values, corrected for all candidates.
 
     Returns
     -------
     str
-        "no_effect" where adding it does no more than the control; else "clever_hans" where removing it costs the
+        "no_effect" where adding it does not move more predictions to the class, and raise its logit more, than
+        the control; else "clever_hans" where removing it costs the
         class's own samples, and "backdoor" where it does not: the artifact alone works as a trigger.
     """
-    if p_value >= LEVEL or effect.flip_rate - effect.control_flip_rate < MIN_EFFECT:
+    flips = effect.flip_rate - effect.control_flip_rate
+    if p_value >= LEVEL or flips < (MIN_EFFECT if constant else 2 * MIN_EFFECT) or effect.logit_gain <= 0:
         return "no_effect"
     return "clever_hans" if removal_p_value < LEVEL and effect.removal_cost > 0 else "backdoor"
 

@@ -1,0 +1,96 @@
+"""The third stage: SpRAy, the spectral clusters of each class's heatmaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import h5py
+import numpy as np
+
+from spray.analysis import cluster, eigengap, heatmap_features, spectral_embedding
+from spray.analysis.clustering import spectral_rows
+from spray.pipelines.context import Context
+from spray.pipelines.stage import Stage
+from spray.storage import hdf5_writer
+
+FEWEST = 5
+"""A class with fewer heatmaps than this is not clustered: all its samples are one cluster."""
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write `analysis.h5`, a group for each class."""
+    classes, small = context.train.classes, []
+    source = context.run_dir / "attributions.h5"
+    with h5py.File(source) as attributions, hdf5_writer(context.run_dir / "analysis.h5") as file:
+        for c in context.progress(range(len(classes)), len(classes), "classes analyzed"):
+            index = np.flatnonzero(context.train.labels == c)
+            features = class_features(attributions, index, context.config.analysis.grid)
+            group = file.create_group(f"{c:08d}")
+            group.attrs["class_name"] = classes[c]
+            group["index"] = index.astype(np.uint32)
+            used = np.flatnonzero(features.any(axis=1))
+            if len(used) < FEWEST:
+                small.append(classes[c])
+                _write(group, np.zeros(2), np.zeros((len(index), 2)), np.zeros((len(index), 2)))
+                for k in context.config.analysis.n_clusters:
+                    group[f"cluster/kmeans-{k:02d}"] = np.zeros(len(index), dtype=np.int32)
+                continue
+            _analyze(context, group, features, used)
+    for name in small:
+        context.log.warning("class %r has fewer than %d heatmaps: too few to cluster", name, FEWEST)
+    return {"classes": len(classes), "too_small": small}
+
+
+def class_features(attributions: h5py.File, index: np.ndarray, grid: int) -> np.ndarray:
+    """Return the heatmap features (n, d) of the samples at `index` (ascending), read in parts."""
+    relevance = attributions["attribution"]
+    parts = np.array_split(index, max(1, -(-len(index) // 1024)))
+    return np.concatenate([heatmap_features(relevance[part].astype(np.float32), grid) for part in parts])
+
+
+def _analyze(context: Context, group: h5py.Group, features: np.ndarray, used: np.ndarray) -> None:
+    """Embed and cluster one class; samples without relevance are noise, at the origin of the embedding."""
+    options, seed = context.config.analysis, context.config.seed
+    n = len(features)
+    eigenvalues, vectors = spectral_embedding(features[used], options.n_neighbors, options.n_components, seed)
+    embedding = np.zeros((n, vectors.shape[1]))
+    embedding[used] = vectors
+    plane = np.zeros((n, 2))
+    plane[used] = _umap(vectors, seed) if options.umap else vectors[:, 1:3]
+    _write(group, eigenvalues, embedding, plane)
+    group.attrs["eigengap"] = eigengap(eigenvalues)
+    for k in options.n_clusters:
+        labels = np.full(n, -1, dtype=np.int32)
+        labels[used] = cluster(spectral_rows(vectors, k), "kmeans", n_clusters=k, seed=seed)
+        dataset = group.create_dataset(f"cluster/kmeans-{k:02d}", data=labels)
+        dataset.attrs["embedding"], dataset.attrs["k"] = "spectral", k
+
+
+def _write(group: h5py.Group, eigenvalues: np.ndarray, embedding: np.ndarray, plane: np.ndarray) -> None:
+    """Write the embeddings; eigenvalues descend, as ViRelAy shows them, and so do the columns."""
+    spectral = group.create_dataset("embedding/spectral", data=embedding[:, ::-1].astype(np.float32))
+    spectral.attrs["eigenvalue"] = eigenvalues[::-1].astype(np.float32)
+    group.create_dataset("embedding/umap", data=plane.astype(np.float32)).attrs["embedding"] = "spectral"
+
+
+def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """Return a plane picture (n, 2) of the spectral embedding, which is also what UMAP starts from."""
+    from umap import UMAP
+
+    n = len(vectors)
+    start = vectors[:, 1:3] if vectors.shape[1] >= 3 else np.pad(vectors, ((0, 0), (0, 2)))[:, :2]
+    scale = np.abs(start).max()
+    noise = np.random.default_rng(seed).normal(scale=1e-4, size=start.shape)
+    start = (10 * start / (scale if scale > 0 else 1) + noise).astype(np.float32)
+    return UMAP(
+        n_neighbors=min(15, n - 1), init=start, random_state=seed, n_jobs=1, n_epochs=200 if n < 2000 else 100
+    ).fit_transform(vectors.astype(np.float32))
+
+
+STAGE = Stage(
+    name="analyze",
+    needs=("attribute",),
+    settings=("analysis", "seed"),
+    outputs=("analysis.h5",),
+    run=run,
+)

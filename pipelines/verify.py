@@ -1,0 +1,129 @@
+"""The seventh stage: every model on clean and on attacked test images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spray.correction.base import Finding
+from spray.data.planting import Plant, planted_truth
+from spray.pipelines.context import Context
+from spray.pipelines.isolated import load_findings
+from spray.pipelines.stage import Stage
+from spray.storage import read_json, write_json
+from spray.training import batches
+from spray.verification import attack_metrics, clean_metrics, relevance_inside
+
+MEASURES = (
+    "attacked_accuracy",
+    "attacked_accuracy_interval",
+    "attacked_to_class",
+    "attacked_to_class_interval",
+    "artifact_relevance",
+    "artifact_relevance_interval",
+    "n_attacked",
+)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Adds an artifact to test images: returns them (n, C, H, W) and where it went, (n, 1, H, W)."""
+
+    class_index: int
+    add: Callable[[Tensor, np.ndarray], tuple[Tensor, Tensor]]
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write `verification.json`. Here, for the first time, the truth about a planted artifact is looked at."""
+    findings = load_findings(context.run_dir)
+    attacks = {name: _found(finding, len(context.test), context.config.seed) for name, finding in findings}
+    truth = planted_truth(context.config.dataset.plant, context.train)
+    models = {}
+    names = ["original", *_corrected(context)]
+    for name in context.progress(names, len(names), "models verified"):
+        model = _load(context, name)
+        clean = clean_metrics(context.predict(model, context.test), context.test.labels)
+        artifacts = {key: clean | _attacked(context, model, attack) for key, attack in attacks.items()}
+        first = next(iter(artifacts.values()), clean | dict.fromkeys(MEASURES))
+        models[name] = first | {"artifacts": artifacts}
+        if truth is not None:
+            models[name]["planted"] = clean | _attacked(context, model, _planted(truth.plant))
+        context.log.info("%s: %s", name, _line(models[name]))
+    write_json(context.run_dir / "verification.json", {"models": models})
+    return {"models": names, "artifacts": list(attacks)}
+
+
+def _corrected(context: Context) -> list[str]:
+    """Return the corrected models that the stage before made."""
+    return list(
+        read_json(context.run_dir / "run.json")["stages"]["correct"].get("facts", {}).get("methods", [])
+    )
+
+
+def _load(context: Context, name: str) -> nn.Module:
+    if name == "original":
+        return context.model
+    return context.load_model(context.run_dir / "corrected" / f"{name}.pt")
+
+
+def _found(finding: Finding, n_test: int, seed: int) -> Attack:
+    """Attack with the isolated artifact, at the place that is drawn for each test image."""
+    draws = np.random.default_rng([seed, 7]).integers(0, 2**31, n_test)
+
+    def add(pixels: Tensor, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        mask, pattern = finding.artifact.placed(draws[indices])
+        return pixels + mask * (pattern - pixels), mask
+
+    return Attack(finding.class_index, add)
+
+
+def _planted(plant: Plant) -> Attack:
+    """Attack with the true artifact."""
+
+    def add(pixels: Tensor, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        marked, opacity = plant.mark(pixels, [f"test:{i}" for i in indices])
+        return marked, opacity[:, None]
+
+    return Attack(plant.target, add)
+
+
+def _attacked(context: Context, model: nn.Module, attack: Attack) -> dict[str, Any]:
+    """Attack all test images of the other classes; explain some of them."""
+    others = np.flatnonzero(context.test.labels != attack.class_index)
+    explained = set(others[:: max(1, -(-len(others) // context.config.verify.n_explained))].tolist())
+    logits, shares = [], []
+    for part in batches(len(others), context.config.attribution.batch_size):
+        indices = others[part]
+        pixels, mask = attack.add(context.test.batch(indices), indices)
+        logits.append(context.predict_pixels(model, pixels))
+        which = np.flatnonzero([i in explained for i in indices.tolist()])
+        if len(which):
+            x = context.normalizer(pixels[which].to(context.device))
+            relevance = context.explain(model, x, attack.class_index)
+            shares.append(relevance_inside(relevance.cpu(), mask[which]))
+    return attack_metrics(
+        torch.cat(logits), context.test.labels[others], attack.class_index, torch.cat(shares)
+    )
+
+
+def _line(record: dict[str, Any]) -> str:
+    line = f"clean {record['clean_accuracy']:.3f}"
+    if record["attacked_accuracy"] is not None:
+        line += f", attacked {record['attacked_accuracy']:.3f}"
+    if "planted" in record:
+        line += f", attacked with the planted artifact {record['planted']['attacked_accuracy']:.3f}"
+    return line
+
+
+STAGE = Stage(
+    name="verify",
+    needs=("train", "isolate", "correct"),
+    settings=("verify", "seed", "attribution.method", "attribution.composite", "dataset.plant"),
+    outputs=("verification.json",),
+    run=run,
+)
