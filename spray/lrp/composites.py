@@ -5,8 +5,8 @@ The named ones assign rules as zennit's composites of the same names do. Differe
 - the first layers are those that no affine layer precedes in the executed graph, and a special first rule
   applies to whatever kind they are (zennit's zᴮ is for convolutions only);
 - batch normalisation is merged into the affine layer that ran before it, its eps included (zennit 0.5.1
-  follows the order of definition and divides by √(1 + eps) once more); elsewhere it is an affine layer under the norm
-  rule (zennit passes relevance through it unchanged).
+  follows the order of definition and divides by √(1 + eps) once more); elsewhere it is an affine layer
+  under the norm rule (zennit passes relevance through it unchanged).
 
 ``lrp_0`` and ``epsilon`` use their rule in all layers; ``deep_taylor`` is z⁺ with zᴮ or w² at the input.
 """
