@@ -42,6 +42,10 @@ def _main() -> int:
     except KeyboardInterrupt:
         print("spray: interrupted; the same command with the same run_dir goes on from here", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has seen enough; nothing more can be told to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except Exception as error:
         from spray.pipelines.mistakes import explain_mistake
 
@@ -92,7 +96,7 @@ def _job(config: DictConfig) -> None:
     settings = HydraConfig.get()
     sweep = settings.mode == RunMode.MULTIRUN
     # What this job has and the command line as typed does not is what the sweep varies.
-    overrides = OmegaConf.to_container(settings.overrides.task)
+    overrides = OmegaConf.to_container(settings.overrides.task) or []
     varied = [str(override) for override in overrides if override not in sys.argv]
     name = (",".join(varied) or str(settings.job.num)) if sweep else ""
     if sweep:
