@@ -23,9 +23,7 @@ def run(context: Context) -> dict[str, Any]:
     n, shape = len(dataset), dataset.image_shape
     empty = 0
     with hdf5_writer(context.run_dir / "attributions.h5") as file:
-        relevances = file.create_dataset(
-            "attribution", (n, *shape), options.dtype, chunks=(1, *shape), fletcher32=True
-        )
+        relevances = file.create_dataset("attribution", (n, *shape), options.dtype, chunks=(1, *shape), fletcher32=True)
         predictions = file.create_dataset("prediction", (n, len(dataset.classes)), "float32")
         file["label"] = np.asarray(dataset.labels, dtype=np.int64)
         parts = list(batches(n, options.batch_size))
@@ -58,9 +56,7 @@ def _check(relevance: Tensor, names: Any, part: np.ndarray) -> None:
     good = torch.isfinite(relevance.flatten(1)).all(dim=1)
     if not good.all():
         first = int(part[int((~good).nonzero()[0])])
-        raise UserError(
-            f"the relevance of sample {first} ({names[first]}) is not finite; try attribution=epsilon"
-        )
+        raise UserError(f"the relevance of sample {first} ({names[first]}) is not finite; try attribution=epsilon")
 
 
 STAGE = Stage(

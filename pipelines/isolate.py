@@ -91,9 +91,7 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
     return chosen[: options.candidates]
 
 
-def _isolate(
-    context: Context, relevance: h5py.Dataset, row: dict[str, Any], members: np.ndarray
-) -> Candidate | None:
+def _isolate(context: Context, relevance: h5py.Dataset, row: dict[str, Any], members: np.ndarray) -> Candidate | None:
     """Isolate one cluster's artifact, score all samples of its class, test its effect."""
     options, c = context.config.isolate, row["class_index"]
     rng = np.random.default_rng([context.config.seed, c, len(members)])

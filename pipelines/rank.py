@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,20 +51,19 @@ def run(context: Context) -> dict[str, Any]:
         for c in context.progress(range(len(classes)), len(classes), "classes ranked"):
             group = analysis[f"{c:08d}"]
             rows += _score_class(context, c, group, _scorer(context, group, attributions))
-    best = {c: _class_score(rows, c) for c in range(len(classes))}
+    # A class is as separable as the best of its clusters.
+    best = {c: max((row.score for row in rows if row.class_index == c), default=0.0) for c in range(len(classes))}
     clusters = [_cluster_row(context, row, best) for row in rows]
-    ranked = {
-        "classes": _ranked([_class_row(context, c, best, clusters) for c in best]),
-        "clusters": _ranked(clusters),
-        "score": context.config.rank.score,
-    }
-    write_json(context.run_dir / "ranking.json", ranked)
-    first = ranked["classes"][0]
+    class_rows = _ranked([_class_row(context, c, best, clusters) for c in best])
+    write_json(
+        context.run_dir / "ranking.json",
+        {"classes": class_rows, "clusters": _ranked(clusters), "score": context.config.rank.score},
+    )
     context.log.info(
         "most separable class: %r, %.1f (p = %.2g)",
-        first["class_name"],
-        first["separability"],
-        first["p_value"],
+        class_rows[0]["class_name"],
+        class_rows[0]["separability"],
+        class_rows[0]["p_value"],
     )
     return {"clusters": len(clusters)}
 
@@ -81,9 +79,7 @@ def _scorer(context: Context, group: h5py.Group, attributions: h5py.File) -> Cal
     return lambda member: cross_fitted_separability(X, member, seed)
 
 
-def _score_class(
-    context: Context, c: int, group: h5py.Group, score: Callable[[np.ndarray], float]
-) -> list[Row]:
+def _score_class(context: Context, c: int, group: h5py.Group, score: Callable[[np.ndarray], float]) -> list[Row]:
     rows, seen = [], {}
     for name in group["cluster"]:
         labels = group[f"cluster/{name}"][:]
@@ -97,15 +93,6 @@ def _score_class(
                 seen[key] = score(member)
             rows.append(Row(c, name, int(label), size, n, seen[key]))
     return rows
-
-
-def _class_score(rows: list[Row], c: int) -> float:
-    """Return the class's separability: the best cluster's of each clustering, averaged over the clusterings."""
-    best: dict[str, float] = defaultdict(float)
-    for row in rows:
-        if row.class_index == c:
-            best[row.clustering] = max(best[row.clustering], row.score)
-    return float(np.mean(list(best.values()))) if best else 0.0
 
 
 def _cluster_row(context: Context, row: Row, best: dict[int, float]) -> dict[str, Any]:
@@ -127,9 +114,7 @@ def _cluster_row(context: Context, row: Row, best: dict[int, float]) -> dict[str
     }
 
 
-def _class_row(
-    context: Context, c: int, best: dict[int, float], clusters: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _class_row(context: Context, c: int, best: dict[int, float], clusters: list[dict[str, Any]]) -> dict[str, Any]:
     others = [score for other, score in best.items() if other != c]
     structure = min((row["p_value"] for row in clusters if row["class_index"] == c), default=1.0)
     return {

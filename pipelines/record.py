@@ -115,8 +115,7 @@ def stamp(path: Path) -> tuple[int, int]:
 def describe_outputs(run_dir: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Return size and hash of each file, by its name relative to `run_dir`."""
     return {
-        path.relative_to(run_dir).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in paths
+        path.relative_to(run_dir).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
     }
 
 

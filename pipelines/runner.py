@@ -206,9 +206,7 @@ def _outputs(run_dir: Path, stage: Stage, old: Mapping[Path, Any]) -> dict[str, 
             raise RuntimeError(f"stage {stage.name} did not write {name}")
     found = find_outputs(run_dir, stage.outputs)
     named = [run_dir / name for name in stage.outputs]
-    return describe_outputs(
-        run_dir, [path for path in found if path in named or stamp(path) != old.get(path)]
-    )
+    return describe_outputs(run_dir, [path for path in found if path in named or stamp(path) != old.get(path)])
 
 
 def _wrote(entry: Mapping[str, Any], path: Path, run_dir: Path) -> bool:

@@ -73,8 +73,7 @@ def find_target(target: str, n_classes: int) -> str | int:
     if target.isdigit() and int(target) < n_classes:
         return int(target)
     raise UserError(
-        f"attribution.target={target} is unknown; allowed: label, prediction or a class index up to "
-        f"{n_classes - 1}"
+        f"attribution.target={target} is unknown; allowed: label, prediction or a class index up to {n_classes - 1}"
     )
 
 

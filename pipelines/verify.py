@@ -60,9 +60,7 @@ def run(context: Context) -> dict[str, Any]:
 
 def _corrected(context: Context) -> list[str]:
     """Return the corrected models that the stage before made."""
-    return list(
-        read_json(context.run_dir / "run.json")["stages"]["correct"].get("facts", {}).get("methods", [])
-    )
+    return list(read_json(context.run_dir / "run.json")["stages"]["correct"].get("facts", {}).get("methods", []))
 
 
 def _load(context: Context, name: str) -> nn.Module:
@@ -106,9 +104,7 @@ def _attacked(context: Context, model: nn.Module, attack: Attack) -> dict[str, A
             x = context.normalizer(pixels[which].to(context.device))
             relevance = context.explain(model, x, attack.class_index)
             shares.append(relevance_inside(relevance.cpu(), mask[which]))
-    return attack_metrics(
-        torch.cat(logits), context.test.labels[others], attack.class_index, torch.cat(shares)
-    )
+    return attack_metrics(torch.cat(logits), context.test.labels[others], attack.class_index, torch.cat(shares))
 
 
 def _line(record: dict[str, Any]) -> str:

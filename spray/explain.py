@@ -110,13 +110,9 @@ def gradient(model: nn.Module, x: Tensor, target: Target) -> Tensor:
     """Return the gradient of the target's logit with respect to the input (Simonyan et al. 2014)."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        logits = check_logits(
-            model(leaf.clone()), x
-        )  # a clone, since the model may change its input in place
+        logits = check_logits(model(leaf.clone()), x)  # a clone, since the model may change its input in place
         mask = one_hot(logits, target)
-        result = (
-            torch.autograd.grad(logits, leaf, mask, allow_unused=True)[0] if logits.requires_grad else None
-        )
+        result = torch.autograd.grad(logits, leaf, mask, allow_unused=True)[0] if logits.requires_grad else None
     if result is None:
         raise UserError("the model's output has no gradient with respect to its input")
     return result
@@ -156,9 +152,7 @@ def check_logits(output: Any, x: Tensor) -> Tensor:
     """Return a model's output, or raise a UserError unless it is finite and of shape (N, classes)."""
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != x.shape[0]:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise UserError(
-            f"the model must return logits of shape (N, classes) with N = {x.shape[0]}, not {got}"
-        )
+        raise UserError(f"the model must return logits of shape (N, classes) with N = {x.shape[0]}, not {got}")
     check_finite(output, "the model's output")
     return output
 
@@ -193,7 +187,6 @@ def one_hot(logits: Tensor, target: Target) -> Tensor:
             raise UserError(f"target must be an int, None or a tensor of {n} ints, not {target!r}") from None
     if n and not 0 <= int(index.min()) <= int(index.max()) < classes:
         raise UserError(
-            f"target {int(index.min())} to {int(index.max())} is out of range: the model has classes 0 to "
-            f"{classes - 1}"
+            f"target {int(index.min())} to {int(index.max())} is out of range: the model has classes 0 to {classes - 1}"
         )
     return torch.zeros_like(logits, requires_grad=False).scatter(1, index[:, None], 1)

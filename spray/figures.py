@@ -135,9 +135,7 @@ def enlarge(pixels: np.ndarray, smallest: int = _VISIBLE) -> np.ndarray:
 
 def triptych(image: np.ndarray, relevance: np.ndarray, limit: float | None = None) -> np.ndarray:
     """Return image, heatmap and overlay side by side, at the image's own size: uint8 (H, 3 W, 3)."""
-    return np.concatenate(
-        [image_rgb(image), heatmap_rgb(relevance, limit), overlay(image, relevance, limit)], axis=1
-    )
+    return np.concatenate([image_rgb(image), heatmap_rgb(relevance, limit), overlay(image, relevance, limit)], axis=1)
 
 
 def gallery(
@@ -172,9 +170,7 @@ def gallery(
     """
     if not len(images) == len(relevances) == len(captions) or len(images) == 0:
         counts = f"{len(images)} images, {len(relevances)} relevances, {len(captions)} captions"
-        raise ValueError(
-            f"a gallery needs one relevance and one caption for each of its images, not {counts}"
-        )
+        raise ValueError(f"a gallery needs one relevance and one caption for each of its images, not {counts}")
     cells = [_cell(*sample, limit) for sample in zip(images, relevances, captions, strict=True)]
     height, width = cells[0].shape[:2]
     columns = max(1, min(columns, len(cells)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from spray.data.base import ImageDataset
 from spray.storage import hdf5_writer, write_json, write_text
@@ -95,9 +95,7 @@ def export(
 
 def label_map(classes: Iterable[str]) -> list[dict[str, Any]]:
     """Return ViRelAy's label map: the readable name of each category of the analysis file."""
-    return [
-        {"index": index, "word_net_id": category(index), "name": name} for index, name in enumerate(classes)
-    ]
+    return [{"index": index, "word_net_id": category(index), "name": name} for index, name in enumerate(classes)]
 
 
 def project(

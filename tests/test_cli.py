@@ -108,9 +108,7 @@ def test_own_data_has_to_be_given(spray):
     result = spray("experiment=image_folder", fakes_only=False)
     assert result.code == 2
     assert result.err.startswith("spray: error: dataset.train is not set; give dataset.train=DIR")
-    missing = spray(
-        "experiment=image_folder", "dataset.train=nowhere", "dataset.test=nowhere", fakes_only=False
-    )
+    missing = spray("experiment=image_folder", "dataset.train=nowhere", "dataset.test=nowhere", fakes_only=False)
     assert missing.code == 2
     assert "nowhere" in missing.err
 
@@ -133,9 +131,7 @@ def test_help_is_for_newcomers(tmp_path):
 
 def test_help_names_only_options_that_there_are(spray):
     text = spray("--help", fakes_only=False).out
-    typed = {
-        word.split("=")[0] for word in text.split() if "=" in word and not word.startswith(("-", "results/"))
-    }
+    typed = {word.split("=")[0] for word in text.split() if "=" in word and not word.startswith(("-", "results/"))}
     assert typed - {"[key"} <= {*known_options(), "experiment"}
 
 

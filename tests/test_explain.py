@@ -55,9 +55,7 @@ def state(model: nn.Module) -> dict[str, Any]:
         "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "training": [module.training for module in model.modules()],
-        "hooks": [
-            [len(v) for k, v in vars(m).items() if k.endswith("_hooks") and v] for m in model.modules()
-        ],
+        "hooks": [[len(v) for k, v in vars(m).items() if k.endswith("_hooks") and v] for m in model.modules()],
         "attributes": [sorted(vars(m)) for m in model.modules()],
         "parameter attributes": [sorted(vars(p)) for p in model.parameters()],
         "random": torch.get_rng_state(),
@@ -76,9 +74,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 @CONTRACT
-def test_attribution_has_the_inputs_shape_and_leaves_everything_as_it_was(
-    method: str, options: dict[str, Any]
-) -> None:
+def test_attribution_has_the_inputs_shape_and_leaves_everything_as_it_was(method: str, options: dict[str, Any]) -> None:
     model, x = network(), images().requires_grad_()
     before, x_before = copy.deepcopy(state(model)), x.detach().clone()
     R = explain(model, x, 2, method=method, **options)

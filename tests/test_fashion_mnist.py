@@ -19,9 +19,7 @@ def idx(array: np.ndarray) -> bytes:
     return struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
 
 
-def write(
-    folder: Path, n_train: int = 20, n_test: int = 10, compressed: bool = True
-) -> dict[str, np.ndarray]:
+def write(folder: Path, n_train: int = 20, n_test: int = 10, compressed: bool = True) -> dict[str, np.ndarray]:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     arrays = {}
@@ -118,9 +116,7 @@ def test_looks_in_debians_folder_then_in_the_cache(tmp_path: Path, monkeypatch: 
     assert len(fashion_mnist()[0]) == 30
 
 
-def test_download_lands_in_the_cache_or_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_lands_in_the_cache_or_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision.datasets
 
     def offline(root: str, download: bool) -> None:

@@ -124,9 +124,7 @@ def test_a_long_thin_image_needs_no_giant_intermediate(tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_each_mode_becomes_rgb(
-    tmp_path: Path, name: str, image: Image.Image, expected: tuple[int, int, int]
-) -> None:
+def test_each_mode_becomes_rgb(tmp_path: Path, name: str, image: Image.Image, expected: tuple[int, int, int]) -> None:
     options = {"lossless": True} if name.endswith("webp") else {}
     np.testing.assert_allclose(constant(save(tmp_path / name, image, **options)), expected, atol=1)
 

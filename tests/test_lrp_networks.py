@@ -159,9 +159,7 @@ def torchvision_model(name: str) -> nn.Module:
     return randomize(model)
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "vgg11_bn", "densenet121", "googlenet", "squeezenet1_1", "alexnet"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "densenet121", "googlenet", "squeezenet1_1", "alexnet"])
 def test_lrp_0_is_gradient_x_input_on_torchvision(name: str) -> None:
     model = torchvision_model(name)
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
@@ -209,9 +207,7 @@ BOX = {
     ],
 )
 @pytest.mark.parametrize("make", [narrow_vgg, lambda: torchvision_model("resnet18")], ids=["vgg", "resnet18"])
-def test_composites_agree_with_zennit(
-    make: Callable[[], nn.Module], composite: str, options: dict[str, Any]
-) -> None:
+def test_composites_agree_with_zennit(make: Callable[[], nn.Module], composite: str, options: dict[str, Any]) -> None:
     model = make()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -235,8 +231,7 @@ def test_relevance_is_conserved_without_biases(
 ) -> None:
     torch.manual_seed(seed)
     convolutions = nn.ModuleList(
-        nn.Conv2d(m, n, kernel, padding="same", bias=False)
-        for m, n in zip([3, *widths[:-1]], widths, strict=True)
+        nn.Conv2d(m, n, kernel, padding="same", bias=False) for m, n in zip([3, *widths[:-1]], widths, strict=True)
     )
 
     def forward(m: Any, x: Tensor) -> Tensor:
@@ -315,14 +310,8 @@ def test_in_place_relus_of_a_sequential_change_nothing() -> None:
     torch.manual_seed(0)
 
     def build(inplace: bool) -> nn.Module:
-        block = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace), nn.Dropout(0.5, inplace)
-        )
-        return (
-            nn.Sequential(block, nn.Sequential(nn.ReLU6(inplace)), nn.Flatten(), nn.Linear(64, 3))
-            .double()
-            .eval()
-        )
+        block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace), nn.Dropout(0.5, inplace))
+        return nn.Sequential(block, nn.Sequential(nn.ReLU6(inplace)), nn.Flatten(), nn.Linear(64, 3)).double().eval()
 
     model, reference = build(True), build(False)
     reference.load_state_dict(model.state_dict())
@@ -507,7 +496,5 @@ def test_activations_pass_relevance(activation: Callable[[], nn.Module]) -> None
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     model = nn.Sequential(act, convolution, nn.Flatten()).eval()
     values = act(x.clone()).detach()
-    expected = explain(
-        nn.Sequential(convolution, nn.Flatten()).eval(), values, 0, composite="epsilon_alpha2_beta1"
-    )
+    expected = explain(nn.Sequential(convolution, nn.Flatten()).eval(), values, 0, composite="epsilon_alpha2_beta1")
     torch.testing.assert_close(explain(model, x, 0, composite="epsilon_alpha2_beta1"), expected)

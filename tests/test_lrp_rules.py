@@ -136,9 +136,7 @@ def test_rule_is_its_formula(rule: Rule, layer: str, nonnegative: bool) -> None:
     zero = torch.zeros(1, *shape, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(module, zero)
     W, b = jacobian.reshape(z[0].numel(), a[0].numel()), module(zero).detach().flatten()
-    expected = torch.stack(
-        [proportions(rule, W, b, a[n].flatten()).T @ R[n].flatten() for n in range(3)]
-    ).view_as(a)
+    expected = torch.stack([proportions(rule, W, b, a[n].flatten()).T @ R[n].flatten() for n in range(3)]).view_as(a)
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 

@@ -109,10 +109,7 @@ def embedding(name: str, n: int = 400) -> Embedding:
         indices=np.arange(n),
         names=tuple(f"{name}/{i}.png" for i in range(n)),
         thumbnails=np.stack(
-            [
-                (255 * photo(rng, clusters[i] == 1)).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-                for i in range(n)
-            ]
+            [(255 * photo(rng, clusters[i] == 1)).clip(0, 255).astype(np.uint8).transpose(1, 2, 0) for i in range(n)]
         ),
         eigenvalues=np.array([0, 0.03, 0.05, 0.07, 0.31, 0.38, 0.41, 0.46, 0.5, 0.52, 0.55, 0.56]),
         total=900,
@@ -180,9 +177,7 @@ def clean() -> ReportData:
 
 
 def partial() -> ReportData:
-    return ReportData(
-        title="mine", model="resnet18", n_train=100, n_classes=2, stages=(StageRow("train", "done"),)
-    )
+    return ReportData(title="mine", model="resnet18", n_train=100, n_classes=2, stages=(StageRow("train", "done"),))
 
 
 class Page(HTMLParser):
@@ -254,8 +249,7 @@ def test_hostile_names_add_no_markup_and_are_shown_as_they_are():
     [
         (
             found(),
-            "Backdoor in class striped coffee: it turns 87 % of other images into this class, "
-            "a control patch 2 %.",
+            "Backdoor in class striped coffee: it turns 87 % of other images into this class, a control patch 2 %.",
         ),
         (clean(), "No artifact was found that passed the causal test."),
         (partial(), "No verdict yet"),

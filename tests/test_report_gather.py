@@ -48,9 +48,7 @@ def run_dir(tmp_path: Path, dataset: Images) -> Path:
     rng = np.random.default_rng(0)
     with h5py.File(tmp_path / "attributions.h5", "w") as file:
         # Row i holds i everywhere: a heatmap tells which sample it belongs to.
-        file["attribution"] = np.broadcast_to(
-            np.arange(N, dtype=np.float32)[:, None, None, None], (N, 1, SIDE, SIDE)
-        )
+        file["attribution"] = np.broadcast_to(np.arange(N, dtype=np.float32)[:, None, None, None], (N, 1, SIDE, SIDE))
         file["label"] = dataset.labels
         file["prediction"] = rng.normal(size=(N, 3)).astype(np.float32)
     with h5py.File(tmp_path / "analysis.h5", "w") as file:
@@ -58,9 +56,7 @@ def run_dir(tmp_path: Path, dataset: Images) -> Path:
             members = np.flatnonzero(dataset.labels == index)
             group = file.create_group(f"{index:08d}")
             group["index"] = members.astype(np.uint32)
-            group["embedding/spectral"] = np.stack(
-                [members * scale for scale in (1.0, 2.0, 3.0, 0.0)], 1
-            ).astype("f4")
+            group["embedding/spectral"] = np.stack([members * scale for scale in (1.0, 2.0, 3.0, 0.0)], 1).astype("f4")
             group["embedding/spectral"].attrs["eigenvalue"] = np.float32([0.9, 0.5, 0.1, 0.0])
             for k in (2, 3):
                 group[f"cluster/kmeans-0{k}"] = (np.arange(80) % k).astype(np.int32)
@@ -257,9 +253,7 @@ def test_nothing_at_all_still_gives_a_page(tmp_path, dataset):
 
 def context(run_dir: Path, dataset: ImageDataset, plant: dict | None = None) -> SimpleNamespace:
     config = SimpleNamespace(
-        dataset=SimpleNamespace(
-            name="image_folder", train="/some where/shapes", plant=plant or {"kind": "none"}
-        ),
+        dataset=SimpleNamespace(name="image_folder", train="/some where/shapes", plant=plant or {"kind": "none"}),
         model=SimpleNamespace(name="small_cnn", factory="models/mine.py:build"),
         attribution=SimpleNamespace(method="lrp", composite="epsilon_plus_flat", target="label"),
     )

@@ -157,10 +157,7 @@ def test_failed_stage_keeps_what_was_computed(spray, tmp_path, monkeypatch):
     monkeypatch.setenv("SPRAY_FAKE_FAIL", "rank")
     result = spray(RUN)
     assert result.code == 1
-    assert (
-        result.err
-        == f"spray: error: RuntimeError: it broke in two lines; details in {tmp_path}/run/run.log\n"
-    )
+    assert result.err == f"spray: error: RuntimeError: it broke in two lines; details in {tmp_path}/run/run.log\n"
     assert "Traceback" in (tmp_path / "run/run.log").read_text()
     said = record(tmp_path / "run")["stages"]
     assert [said[name]["status"] for name in NAMES] == ["done"] * 3 + ["failed"] + ["pending"] * 4

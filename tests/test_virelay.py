@@ -55,9 +55,7 @@ def write_run(folder: Path, dataset: ImageDataset) -> None:
 def violations(path: Path) -> list[str]:
     """Check a project by the rules of ViRelAy 0.6.1's loader; return what it could not open."""
     project = yaml.safe_load(path.read_text(encoding="utf-8"))["project"]
-    found = [
-        f"project lacks {key}" for key in ("name", "model", "label_map", "dataset") if key not in project
-    ]
+    found = [f"project lacks {key}" for key in ("name", "model", "label_map", "dataset") if key not in project]
     labels = json.loads((path.parent / project["label_map"]).read_text(encoding="utf-8"))
     found += [f"label {row}" for row in labels if set(row) != {"index", "word_net_id", "name"}]
     with h5py.File(path.parent / project["dataset"]["path"]) as file:

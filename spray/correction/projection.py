@@ -16,7 +16,7 @@ from spray.training import batches
 def p_clarc(problem: Problem) -> nn.Module:
     """Project the artifact's pattern CAV out of what the last linear layer is given.
 
-    Projective ClArC (Anders et al. 2022, equation 9): a' = a + (z⁻ - h·a) h, where z⁻ is the mean of h·a over the class's
+    Projective ClArC (Anders et al. 2022, equation 9): a' = a + (z⁻ - h·a) h, with z⁻ the mean of h·a over the class's
     samples without the artifact. In front of a linear layer y = W a' + b this is the same as other weights,
     W' = W (I - h hᵀ) and b' = b + z⁻ W h, so the result is a plain `state_dict`. Several artifacts are projected out
     one after the other.
@@ -33,8 +33,8 @@ def p_clarc(problem: Problem) -> nn.Module:
         h, z_clean = direction(problem, finding, layer)
         with torch.no_grad():
             along = layer.weight @ h
-            layer.bias += z_clean * along
-            layer.weight -= torch.outer(along, h)
+            layer.bias.add_(z_clean * along)
+            layer.weight.sub_(torch.outer(along, h))
     return problem.model
 
 

@@ -1,0 +1,1 @@
+"""Datasets of images, and artifacts planted in them."""

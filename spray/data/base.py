@@ -25,6 +25,8 @@ class ImageDataset(ABC):
         (C, H, W) of every image.
     fingerprint : str
         Hash of what the dataset holds; another fingerprint means other data.
+    unreadable : sequence of (str, str)
+        Name and reason of each sample that was left out because it could not be read.
     """
 
     classes: tuple[str, ...]
@@ -32,6 +34,7 @@ class ImageDataset(ABC):
     names: Sequence[str]
     image_shape: tuple[int, int, int]
     fingerprint: str
+    unreadable: Sequence[tuple[str, str]] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -32,9 +32,7 @@ CLASSES = (
     "Ankle boot",
 )
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-HOW_TO_GET_IT = (
-    "apt-get install dataset-fashion-mnist, or let it be downloaded, or dataset.train=FOLDER of its files"
-)
+HOW_TO_GET_IT = "apt-get install dataset-fashion-mnist, or let it be downloaded, or dataset.train=FOLDER of its files"
 SIDE = 28
 DOWNLOAD_TIMEOUT = 30.0
 
@@ -101,9 +99,7 @@ def read_idx(path: Path, n_axes: int) -> np.ndarray:
     size = int(np.prod(shape, dtype=object))
     if len(content) != size:
         what = "truncated" if len(content) < size else "too long"
-        raise UserError(
-            f"{path} is {what}: {len(content)} bytes of data, its header says {size}; get it again"
-        )
+        raise UserError(f"{path} is {what}: {len(content)} bytes of data, its header says {size}; get it again")
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
@@ -114,15 +110,11 @@ def _part(folder: Path, prefix: str) -> ArrayDataset:
         raise UserError(f"{folder} lacks the {prefix} images or labels of Fashion-MNIST: {HOW_TO_GET_IT}")
     images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
     if images.shape[1:] != (SIDE, SIDE) or len(images) == 0:
-        raise UserError(
-            f"{image_file} holds an array {images.shape}, not images of {SIDE}×{SIDE}; get it again"
-        )
+        raise UserError(f"{image_file} holds an array {images.shape}, not images of {SIDE}×{SIDE}; get it again")
     if len(images) != len(labels):
         raise UserError(f"{image_file} holds {len(images)} images, {label_file.name} {len(labels)} labels")
     if labels.max() >= len(CLASSES):
-        raise UserError(
-            f"{label_file} holds a label {labels.max()}; Fashion-MNIST has {len(CLASSES)} classes"
-        )
+        raise UserError(f"{label_file} holds a label {labels.max()}; Fashion-MNIST has {len(CLASSES)} classes")
     name = "test" if prefix == "t10k" else prefix
     return ArrayDataset(images[:, None], labels, CLASSES, [f"{name}/{i:05d}" for i in range(len(images))])
 

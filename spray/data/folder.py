@@ -90,9 +90,7 @@ class FolderDataset(ImageDataset):
             paths = [self._paths[index] for index in indices]
             for path, reason in zip(paths, self._decode_all(paths, pixels), strict=True):
                 if reason is not None:
-                    raise UserError(
-                        f"{self.folder / path} changed while it was in use: {reason}; start again"
-                    )
+                    raise UserError(f"{self.folder / path} changed while it was in use: {reason}; start again")
         return torch.from_numpy(pixels).float().div_(255)
 
     def _decode_all(self, paths: list[str], out: np.ndarray | None) -> list[str | None]:
@@ -166,9 +164,7 @@ def list_images(folder: Path) -> Iterator[tuple[str, int]]:
         if n_images == 0:
             allowed = " ".join(EXTENSIONS)
             name = _printable(name)
-            raise UserError(
-                f"class {name!r} in {folder} has no images ({allowed}); add some or remove its folder"
-            )
+            raise UserError(f"class {name!r} in {folder} has no images ({allowed}); add some or remove its folder")
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:

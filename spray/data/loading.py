@@ -63,9 +63,7 @@ def _fashion_mnist(options: DatasetOptions) -> tuple[ImageDataset, ImageDataset]
     from spray.data.fashion_mnist import fashion_mnist
 
     if options.test not in (None, options.train):
-        raise UserError(
-            f"dataset.test={options.test}: Fashion-MNIST takes one folder, dataset.train, for both parts"
-        )
+        raise UserError(f"dataset.test={options.test}: Fashion-MNIST takes one folder, dataset.train, for both parts")
     folder = None if options.train is None else Path(options.train)
     return validate(*fashion_mnist(folder), options)
 
@@ -76,16 +74,12 @@ def _image_folder(options: DatasetOptions) -> tuple[ImageDataset, ImageDataset]:
         if not value:
             raise UserError(f"dataset.{key} is not set; give dataset.{key}=DIR with a folder for each class")
     if options.image_size is None:
-        raise UserError(
-            "dataset.image_size is not set; give the height and width that the model takes, such as 224"
-        )
+        raise UserError("dataset.image_size is not set; give the height and width that the model takes, such as 224")
     train_folder, test_folder = Path(str(options.train)).expanduser(), Path(str(options.test)).expanduser()
     # Before all images are decoded, which can take long.
     _require_same_classes(class_folders(train_folder), class_folders(test_folder))
     if os.path.realpath(train_folder) == os.path.realpath(test_folder):
-        log.warning(
-            "dataset.train and dataset.test are the same folder: every accuracy is one on training images"
-        )
+        log.warning("dataset.train and dataset.test are the same folder: every accuracy is one on training images")
     train, test = (_read_folder(folder, options.image_size) for folder in (train_folder, test_folder))
     return validate(train, test, options)
 
@@ -98,9 +92,7 @@ def _read_folder(folder: Path, image_size: int) -> FolderDataset:
     return dataset
 
 
-def validate(
-    train: ImageDataset, test: ImageDataset, options: DatasetOptions
-) -> tuple[ImageDataset, ImageDataset]:
+def validate(train: ImageDataset, test: ImageDataset, options: DatasetOptions) -> tuple[ImageDataset, ImageDataset]:
     """Return both parts if a classifier can be studied on them.
 
     Raises
@@ -113,14 +105,10 @@ def validate(
         raise UserError(f"the dataset has one class only ({train.classes[0]}); it takes at least two")
     channels, height, width = train.image_shape
     if options.image_size not in (None, height) or height != width:
-        raise UserError(
-            f"dataset.image_size={options.image_size}: the images of this dataset are {height}×{width}"
-        )
+        raise UserError(f"dataset.image_size={options.image_size}: the images of this dataset are {height}×{width}")
     for key, values in (("mean", options.mean), ("std", options.std)):
         if len(values) not in (1, channels):
-            raise UserError(
-                f"dataset.{key} has {len(values)} numbers; give 1 or {channels}, one for each channel"
-            )
+            raise UserError(f"dataset.{key} has {len(values)} numbers; give 1 or {channels}, one for each channel")
     if not min(options.std) > 0:
         raise UserError(f"dataset.std={list(options.std)} must be above 0 in every channel")
     return train, test
@@ -130,6 +118,4 @@ def _require_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
     for one, other, where in ((train, test, "test"), (test, train, "training")):
         if missing := sorted(set(one) - set(other)):
             shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            raise UserError(
-                f"the {where} images lack classes that the others have: {shown}; both must have the same"
-            )
+            raise UserError(f"the {where} images lack classes that the others have: {shown}; both must have the same")

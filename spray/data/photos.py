@@ -75,11 +75,7 @@ def _photograph(name: str) -> np.ndarray:
 def _cut(photograph: np.ndarray, rng: np.random.Generator) -> dict[str, list[tuple[np.ndarray, int, int]]]:
     """Cut training and test patches (uint8 (3, 32, 32), top, left) from tiles of their own."""
     height, width = photograph.shape[:2]
-    tiles = [
-        (top, left)
-        for top in range(0, height - TILE + 1, TILE)
-        for left in range(0, width - TILE + 1, TILE)
-    ]
+    tiles = [(top, left) for top in range(0, height - TILE + 1, TILE) for left in range(0, width - TILE + 1, TILE)]
     order = rng.permutation(len(tiles))
     n_test = max(1, round(TEST_SHARE * len(tiles)))
     shares = {

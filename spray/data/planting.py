@@ -176,7 +176,7 @@ class PlantedDataset(ImageDataset):
         self._marked = np.zeros(len(dataset), dtype=bool)
         self._marked[plant.chosen(dataset.labels)] = True
         self.classes, self.labels, self.names = dataset.classes, dataset.labels, dataset.names
-        self.image_shape = dataset.image_shape
+        self.image_shape, self.unreadable = dataset.image_shape, dataset.unreadable
         self.fingerprint = sha256(f"{dataset.fingerprint}:{plant}".encode()).hexdigest()
 
     def batch(self, indices: np.ndarray) -> Tensor:

@@ -196,6 +196,4 @@ def check_options(options: Mapping[str, Any]) -> None:
 def refuse_options(unknown: set[str], what: str, allowed: Iterable[str]) -> None:
     """Raise a UserError if there are options that `what` doesn't take."""
     if unknown:
-        raise UserError(
-            f"{what} takes no option {', '.join(sorted(unknown))}; allowed: {', '.join(allowed) or 'none'}"
-        )
+        raise UserError(f"{what} takes no option {', '.join(sorted(unknown))}; allowed: {', '.join(allowed) or 'none'}")

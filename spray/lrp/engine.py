@@ -13,9 +13,7 @@ from spray.lrp.operations import HANDLERS
 from spray.lrp.trace import Trace, record_of
 
 
-def propagate(
-    model: nn.Module, x: Tensor, composite: Composite, initial: Callable[[Tensor], Tensor]
-) -> Tensor:
+def propagate(model: nn.Module, x: Tensor, composite: Composite, initial: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the relevance of a model's input.
 
     Parameters
@@ -49,7 +47,5 @@ def propagate(
             output = trace.current(output)
         R = initial(output)
         if record_of(output) is None:
-            raise UserError(
-                "the model's output does not depend on its input: there is no relevance to propagate"
-            )
+            raise UserError("the model's output does not depend on its input: there is no relevance to propagate")
         return torch.autograd.grad(output, a, R)[0]

@@ -28,9 +28,7 @@ class Affine(Function):
         ctx: Any, a: Tensor, compute: Callable[[Tensor], Tensor], layer: Callable[[], Layer], rule: Rule
     ) -> Tensor:
         z = compute(a)
-        ctx.save_for_backward(
-            a.detach() if rule.uses_input else None, z.detach() if rule.uses_output else None
-        )
+        ctx.save_for_backward(a.detach() if rule.uses_input else None, z.detach() if rule.uses_output else None)
         ctx.layer, ctx.rule = layer, rule
         return z
 

@@ -130,9 +130,7 @@ def convolution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
         padding, trailing = same_padding(weight, dilation)
     elif padding == "valid":
         padding = 0
-    map = Convolution(
-        per_dimension(stride, dims), per_dimension(padding, dims), dilation, groups, trailing=trailing
-    )
+    map = Convolution(per_dimension(stride, dims), per_dimension(padding, dims), dilation, groups, trailing=trailing)
     return affine(trace, a, map, weight, bias, rest_of(func, args, kwargs))
 
 
@@ -218,18 +216,14 @@ def batch_norm(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
 
 # Parameter-free operations
 
-SAME_SIGN = (
-    "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
-)
+SAME_SIGN = "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
 
 
 @handles(f"add sub subtract __rsub__ rsub interpolate upsample {SAME_SIGN}")
 def by_contribution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle a sum of its inputs: R_j = Σ_k a_j c_jk / z_k R_k (the norm rule)."""
     parents = carriers(args, kwargs)
-    args, kwargs = tree_map_only(
-        Tensor, lambda t: Weigh.apply(t) if record_of(t) else t.detach(), (args, kwargs)
-    )
+    args, kwargs = tree_map_only(Tensor, lambda t: Weigh.apply(t) if record_of(t) else t.detach(), (args, kwargs))
     z = Normalize.apply(func(*args, **kwargs), trace.composite.stabilizer)
     same_sign = func.__name__ in SAME_SIGN.split() or (func.__name__ == "add" and len(parents) == 2)
     return trace.mark(
@@ -342,9 +336,7 @@ def quotient(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
 def scaled(trace: Trace, func: Call, signal: Tensor, gate: Any) -> Tensor:
     """Return ``func(signal, gate)``, whose relevance goes to the signal."""
     record = known(signal)
-    gate_nonnegative = (
-        gate >= 0 if not isinstance(gate, Tensor) else bool(record_of(gate) and known(gate).nonnegative)
-    )
+    gate_nonnegative = gate >= 0 if not isinstance(gate, Tensor) else bool(record_of(gate) and known(gate).nonnegative)
     constant = gate.detach() if isinstance(gate, Tensor) else gate
     if isinstance(gate, Tensor) and torch.broadcast_shapes(signal.shape, gate.shape) != signal.shape:
         z = Normalize.apply(func(Weigh.apply(signal), constant), trace.composite.stabilizer)

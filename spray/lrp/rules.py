@@ -151,9 +151,7 @@ class AlphaBeta(Rule):
 
     def __post_init__(self) -> None:
         if self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
-            raise UserError(
-                f"the αβ rule needs β ≥ 0 and α − β = 1, but got α = {self.alpha}, β = {self.beta}"
-            )
+            raise UserError(f"the αβ rule needs β ≥ 0 and α − β = 1, but got α = {self.alpha}, β = {self.beta}")
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""

@@ -146,9 +146,7 @@ class Trace(TorchFunctionMode):
         """Raise the error that says that LRP has a `problem` with `what`, and in which module that is."""
         module = next(self._active_modules(), None)
         place = f" (in module {module!r})" if module else ""
-        raise UserError(
-            f"LRP {problem} {what}{place}; replace it in the model or use method='gradient_x_input'"
-        )
+        raise UserError(f"LRP {problem} {what}{place}; replace it in the model or use method='gradient_x_input'")
 
     def layer_name(self, weight: Tensor) -> str:
         """Return the name of the module that owns a weight, '' if none does."""
@@ -174,9 +172,7 @@ class Trace(TorchFunctionMode):
                 return self._in_place(name, target, args, kwargs)
             return self._call(name, func, args, kwargs)
 
-    def _call(
-        self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _call(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("out") is not None:
             self.fail(f"{name}(out=...)")
         handler = self.handlers.get(name)

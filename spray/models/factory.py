@@ -85,9 +85,7 @@ def _load_file(source: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise UserError(
-            f"model.factory: {error.filename}:{error.lineno} is no valid Python: {error.msg}"
-        ) from error
+        raise UserError(f"model.factory: {error.filename}:{error.lineno} is no valid Python: {error.msg}") from error
     except (Exception, SystemExit) as error:
         raise UserError(f"model.factory: loading {source} fails: {one_line(error)}{_place(error)}") from error
     return module
@@ -126,9 +124,7 @@ def _arguments(function: Callable[..., Any], n_classes: int) -> dict[str, int]:
 def _place(error: BaseException) -> str:
     """Where in the code the error arose, as `` (FILE:LINE)``."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    users = [
-        frame for frame in frames if "site-packages" not in frame.filename and "<frozen" not in frame.filename
-    ]
+    users = [frame for frame in frames if "site-packages" not in frame.filename and "<frozen" not in frame.filename]
     return f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
 
 

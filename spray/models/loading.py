@@ -89,9 +89,7 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
     state = _without_wrapper(_read_state(path), model)
     own = model.state_dict()
     if type(model).__module__.startswith("torchvision.models."):
-        state = {
-            key: value for key, value in state.items() if key in own or not key.startswith(AUXILIARY_PREFIXES)
-        }
+        state = {key: value for key, value in state.items() if key in own or not key.startswith(AUXILIARY_PREFIXES)}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         parts = [f"lacks {_first(missing)}"] * bool(missing) + [f"has in excess {_first(unexpected)}"] * bool(
@@ -148,9 +146,7 @@ def check_model(model: nn.Module, x: Tensor, n_classes: int) -> None:
             f"{n_classes} classes; it must be ({len(x)}, {n_classes})"
         )
     if not output.is_floating_point() or not torch.isfinite(output).all():
-        raise UserError(
-            "the model's output is not finite; check its checkpoint, dataset.mean and dataset.std"
-        )
+        raise UserError("the model's output is not finite; check its checkpoint, dataset.mean and dataset.std")
 
 
 @contextmanager
@@ -177,9 +173,7 @@ def _torchvision_model(name: str, n_classes: int, input_shape: tuple[int, int, i
             "torchvision such as resnet18; or give model.factory"
         )
     if channels != 3:
-        raise UserError(
-            f"{name} takes images of 3 channels, these have {channels}; use small_cnn or model.factory"
-        )
+        raise UserError(f"{name} takes images of 3 channels, these have {channels}; use small_cnn or model.factory")
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": False}
@@ -203,9 +197,7 @@ def _read_state(path: str) -> dict[str, Tensor]:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror or one_line(error)}") from None
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error):
-            raise UserError(
-                f"checkpoint {path} holds more than tensors, such as a whole model; {advice}"
-            ) from None
+            raise UserError(f"checkpoint {path} holds more than tensors, such as a whole model; {advice}") from None
         raise UserError(f"{path} is no checkpoint of PyTorch; {advice}") from None
     except Exception:  # damaged archives fail in many ways
         raise UserError(f"{path} is no checkpoint of PyTorch, or damaged; {advice}") from None

@@ -50,9 +50,7 @@ def galleries(
     rest = ranked[_TOP:]
     drawn = np.random.default_rng(0).permutation(len(rest))[:_RANDOM]
     members = set(samples)
-    outside = [
-        int(i) for i in np.flatnonzero(dataset.labels == class_index) if i in scores and i not in members
-    ]
+    outside = [int(i) for i in np.flatnonzero(dataset.labels == class_index) if i in scores and i not in members]
     near = sorted(outside, key=lambda sample: -scores[sample])[:_NEAR]
     chosen = (
         ("Top members", "the highest artifact scores", ranked[:_TOP]),

@@ -39,16 +39,12 @@ _CAVEATS = (
     "the data to judge.",
     "Spread-out artifacts such as blur or a change of brightness are hard to see in relevance. Nothing found "
     "is no proof that there is nothing.",
-    "The isolated pattern is an estimate: the accuracy under it can be better or worse than under the real "
-    "artifact.",
-    "Intervals hold for the sampling of test images only; another seed of the training can give another "
-    "model.",
+    "The isolated pattern is an estimate: the accuracy under it can be better or worse than under the real artifact.",
+    "Intervals hold for the sampling of test images only; another seed of the training can give another model.",
 )
 
 
-def gather(
-    run_dir: Path, dataset: ImageDataset, *, title: str, model: str, truth: Truth | None = None
-) -> ReportData:
+def gather(run_dir: Path, dataset: ImageDataset, *, title: str, model: str, truth: Truth | None = None) -> ReportData:
     """Collect what the report shows.
 
     Parameters
@@ -67,9 +63,7 @@ def gather(
     found = _read(run_dir / "artifacts.json")
     run = _read(run_dir / "run.json") or {}
     models = None if verification is None else verification.get("models", {})
-    artifacts = (
-        None if found is None else _artifacts(run_dir, dataset, found.get("artifacts", []), models or {})
-    )
+    artifacts = None if found is None else _artifacts(run_dir, dataset, found.get("artifacts", []), models or {})
     confirmed = [artifact for artifact in artifacts or () if artifact.passed]
     return ReportData(
         title=title,
@@ -122,10 +116,7 @@ def _artifact(
         class_name=row["class_name"],
         verdict=row.get("verdict", "no_effect"),
         cluster=None if row.get("cluster") is None else str(row["cluster"]),
-        **{
-            name: _finite(row.get(name))
-            for name in ("flip_rate", "control_flip_rate", "p_value", "logit_gain")
-        },
+        **{name: _finite(row.get(name)) for name in ("flip_rate", "control_flip_rate", "p_value", "logit_gain")},
         **{name: _finite(row.get(name)) for name in ("removal_cost", "removal_p_value")},
         n_tested=row.get("n_tested"),
         samples=samples,
@@ -255,9 +246,7 @@ def _stages(run: Mapping[str, Any]) -> Iterator[StageRow]:
     """Yield the stages that came to something; the report is this page itself."""
     for name, entry in run.get("stages", {}).items():
         if name != "report":
-            facts = tuple(
-                (key.replace("_", " "), _fact(value)) for key, value in (entry.get("facts") or {}).items()
-            )
+            facts = tuple((key.replace("_", " "), _fact(value)) for key, value in (entry.get("facts") or {}).items())
             yield StageRow(name, str(entry.get("status", "unknown")), entry.get("seconds"), facts)
 
 

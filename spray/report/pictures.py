@@ -27,9 +27,7 @@ def triptych_uri(image: np.ndarray, relevance: np.ndarray, limit: float | None) 
     if size <= _LOSSLESS:
         return _uri(figures.to_png(np.asarray(picture)), "png")
     scale = min(1.0, _LARGEST / size)
-    shrunk = picture.resize(
-        (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BOX
-    )
+    shrunk = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BOX)
     return _webp(shrunk, quality=70)
 
 

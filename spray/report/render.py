@@ -37,9 +37,7 @@ def render(data: ReportData) -> str:
         environment.filters[name] = getattr(words, name)
     for name in ("model_name", "model_role", "verdict_name", "verdict_meaning"):
         environment.filters[name] = getattr(words, name)
-    environment.filters["triptych"] = lambda tile, limit: pictures.triptych_uri(
-        tile.image, tile.relevance, limit
-    )
+    environment.filters["triptych"] = lambda tile, limit: pictures.triptych_uri(tile.image, tile.relevance, limit)
     environment.filters["picture"] = pictures.picture_uri
     environment.filters["is_small"] = lambda pixels: max(pixels.shape[-2:]) <= _SMALL
     script = (_HERE / "report.js").read_text()
