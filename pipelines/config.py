@@ -16,6 +16,8 @@ class DatasetConfig:
     train: str | None = None
     test: str | None = None
     image_size: int | None = None
+    # At most so many images of each class, in training and in test: for trying things out.
+    per_class: int | None = None
     mean: list[float] = field(default_factory=lambda: [0.5])
     std: list[float] = field(default_factory=lambda: [0.5])
     # A mapping, not a dataclass: one of its keys is `class`, and kinds of artifacts may bring their own.

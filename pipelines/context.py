@@ -51,9 +51,11 @@ class Context:
     def _datasets(self) -> tuple[ImageDataset, ImageDataset]:
         from spray.data.loading import DATASETS
         from spray.data.planting import planted
+        from spray.data.subset import per_class
 
-        train, test = DATASETS.get(self.config.dataset.name)(self.config.dataset)
-        return planted(train, self.config.dataset.plant), test
+        options = self.config.dataset
+        train, test = (per_class(part, options.per_class) for part in DATASETS.get(options.name)(options))
+        return planted(train, options.plant), test
 
     @property
     def train(self) -> ImageDataset:

@@ -37,6 +37,8 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
         section, name = key.split(".")
         if (value := getattr(getattr(config, section), name)) < 1:
             raise UserError(f"{key}={value} is too small; it has to be at least 1")
+    if config.dataset.per_class is not None and config.dataset.per_class < 1:
+        raise UserError(f"dataset.per_class={config.dataset.per_class} is too small; it has to be at least 1")
     if "correct" in stages and config.correction.methods:
         from spray.correction import CORRECTIONS
 
