@@ -19,6 +19,9 @@ MIN_EFFECT = 0.1
 """Least difference of flip rate and control flip rate that counts as an effect; twice that where the samples
 do not share the content, since what is tested then is a part of an image, not one thing."""
 
+TRIGGER = 0.5
+"""Least flip rate of a backdoor: the artifact alone decides."""
+
 Predictor = Callable[[Tensor], Tensor]
 """From pixels (n, C, H, W) to logits (n, classes)."""
 
@@ -161,14 +164,16 @@ def verdict(effect: Effect, constant: bool, p_value: float, removal_p_value: flo
     Returns
     -------
     str
-        "no_effect" where adding it does not move more predictions to the class, and raise its logit more, than
-        the control; else "clever_hans" where removing it costs the
-        class's own samples, and "backdoor" where it does not: the artifact alone works as a trigger.
+        "no_effect" where adding it does not move more predictions to the class, and raise its logit more, than the
+        control; else "clever_hans" where removing it costs the class's own samples; "backdoor" where it does not but
+        the artifact alone turns most images; and "no_effect" where it does neither.
     """
     flips = effect.flip_rate - effect.control_flip_rate
     if p_value >= LEVEL or flips < (MIN_EFFECT if constant else 2 * MIN_EFFECT) or effect.logit_gain <= 0:
         return "no_effect"
-    return "clever_hans" if removal_p_value < LEVEL and effect.removal_cost > 0 else "backdoor"
+    if removal_p_value < LEVEL and effect.removal_cost > 0:
+        return "clever_hans"
+    return "backdoor" if effect.flip_rate >= TRIGGER else "no_effect"
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
