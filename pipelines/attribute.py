@@ -28,7 +28,7 @@ def run(context: Context) -> dict[str, Any]:
         file["label"] = np.asarray(dataset.labels, dtype=np.int64)
         parts = list(batches(n, options.batch_size))
         for part in context.progress(parts, len(parts), "heatmap batches"):
-            x = context.normalizer(dataset.batch(part).to(context.device, non_blocking=True))
+            x = context.normalizer(dataset.batch(part), context.device)
             with torch.inference_mode():
                 logits = model(x)
             relevance = context.explain(model, x, _target(context, part, logits))

@@ -120,7 +120,7 @@ class Context:
     def predict_pixels(self, model: nn.Module, pixels: Tensor) -> Tensor:
         """Return a model's logits (n, classes) for pixels (n, C, H, W) in [0, 1], on the CPU."""
         parts = pixels.split(self.config.attribution.batch_size)
-        return torch.cat([model(self.normalizer(p.to(self.device))).float().cpu() for p in parts])
+        return torch.cat([model(self.normalizer(p, self.device)).float().cpu() for p in parts])
 
     def forget_model(self) -> None:
         """Let the next reader of `model` load it anew, so that no stage sees what another did to it."""

@@ -67,7 +67,7 @@ def attribution_seconds(context: Context) -> float:
     seconds = 0.0
     for size in (min(n, 2), n):
         start = time.perf_counter()
-        images = context.normalizer(context.train.batch(np.arange(size))).to(context.device)
+        images = context.normalizer(context.train.batch(np.arange(size)), context.device)
         context.explain(model, images, target if isinstance(target, int) else 0).cpu()
         seconds = time.perf_counter() - start
     return seconds * len(context.train) / n

@@ -60,7 +60,7 @@ def try_out(context: Context, stages: Collection[str]) -> None:
     from spray.models.loading import check_model
 
     model = context.build_model()
-    images = context.normalizer(context.train.batch(np.arange(2))).to(context.device)
+    images = context.normalizer(context.train.batch(np.arange(2)), context.device)
     n_classes = len(context.train.classes)
     check_model(model, images, n_classes)
     if "attribute" in stages:

@@ -101,7 +101,7 @@ def _attacked(context: Context, model: nn.Module, attack: Attack) -> dict[str, A
         logits.append(context.predict_pixels(model, pixels))
         which = np.flatnonzero([i in explained for i in indices.tolist()])
         if len(which):
-            x = context.normalizer(pixels[which].to(context.device))
+            x = context.normalizer(pixels[which], context.device)
             relevance = context.explain(model, x, attack.class_index)
             shares.append(relevance_inside(relevance.cpu(), mask[which]))
     return attack_metrics(torch.cat(logits), context.test.labels[others], attack.class_index, torch.cat(shares))

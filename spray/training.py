@@ -67,7 +67,7 @@ def train(
                 pixels = dataset.batch(indices)
                 if transform is not None:
                     pixels = transform(pixels, indices)
-                x = normalizer(pixels.to(device, non_blocking=True))
+                x = normalizer(pixels, device)
                 loss = nn.functional.cross_entropy(model(x), labels[indices].to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -103,5 +103,5 @@ def predict(
         pixels = dataset.batch(chosen[part])
         if transform is not None:
             pixels = transform(pixels, chosen[part])
-        logits.append(model(normalizer(pixels.to(device, non_blocking=True))).float())
+        logits.append(model(normalizer(pixels, device)).float())
     return torch.cat(logits).cpu() if logits else torch.empty(0, len(dataset.classes))

@@ -85,4 +85,4 @@ def check_methods(methods: Sequence[str]) -> list[str]:
 
 def inputs(problem: Problem, indices: np.ndarray) -> torch.Tensor:
     """Return the model's input (n, C, H, W) for training images, on the device."""
-    return problem.normalizer(problem.train.batch(indices).to(problem.device, non_blocking=True))
+    return problem.normalizer(problem.train.batch(indices), problem.device)

@@ -57,6 +57,13 @@ class Normalizer:
         self.mean = torch.tensor(list(mean), dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(list(std), dtype=torch.float32).view(-1, 1, 1)
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Return (pixels - mean) / std."""
+    def __call__(self, pixels: Tensor, device: torch.device | str | None = None) -> Tensor:
+        """Return (pixels - mean) / std, on `device` if one is given.
+
+        The way to a GPU is from pinned memory and not waited for.
+        """
+        if device is not None:
+            if torch.device(device).type == "cuda" and pixels.device.type == "cpu":
+                pixels = pixels.pin_memory()
+            pixels = pixels.to(device, non_blocking=True)
         return (pixels - self.mean.to(pixels.device)) / self.std.to(pixels.device)
