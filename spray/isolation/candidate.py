@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -135,32 +135,43 @@ def isolate(images: Tensor, relevance: Tensor, other_images: Tensor, other_relev
         None if there is no place where the cluster has more relevance than the rest.
     """
     radius = max(1, round(min(images.shape[2:]) / 10))
-    gain = relevance_gain(relevance, other_relevance)
-    region = gain > otsu(gain[gain > 0]) if (gain > 0).any() else torch.zeros_like(gain, dtype=torch.bool)
+    region = _salient(relevance_gain(relevance, other_relevance))
     if not region.any():
         return None
-    factor = _smaller(images)[1]
-    small_radius = -(-radius // factor)
     around = torch.from_numpy(ndimage.binary_dilation(region.numpy(), iterations=radius)).float()
-    small_around = (_smaller(around[None, None])[0][0, 0] > 0).float()
-    _, shift = congeal(_smaller(images)[0], small_around, small_radius)
-    shift = (shift * factor).clamp(-radius, radius)
-    aligned = shifted(images, shift, radius)
-    pattern = aligned.median(dim=0).values
-    _, other_shift = match(_smaller(other_images)[0], _smaller(pattern[None])[0][0], small_around, small_radius)
-    other_aligned = shifted(other_images, (other_shift * factor).clamp(-radius, radius), radius)
-    spread = (aligned - pattern).abs().mean(dim=1).quantile(CARRIED, dim=0)
-    distance = (other_aligned - pattern).abs().mean(dim=1).median(dim=0).values
-    aligned_gain = relevance_gain(
-        shifted(relevance[:, None], shift, radius)[:, 0],
-        shifted(other_relevance[:, None], (other_shift * factor).clamp(-radius, radius), radius)[:, 0],
+    pattern, shift, other_shift = _align(images, other_images, around, radius)
+    gain = relevance_gain(
+        shifted(relevance[:, None], shift, radius)[:, 0], shifted(other_relevance[:, None], other_shift, radius)[:, 0]
     )
-    region = aligned_gain > otsu(aligned_gain[aligned_gain > 0]) if (aligned_gain > 0).any() else region
-    same = (distance > VISIBLE) & (spread < CONSISTENT * distance)
-    mask, constant = _grow(region, same, aligned_gain)
-    scored = Artifact(mask, pattern, shift, 1.0, radius, constant)
-    scale = float((1 - scored.score(other_images)).median())
-    return Artifact(mask, pattern, shift, max(scale, 1e-6), radius, constant)
+    spread = _differences(shifted(images, shift, radius), pattern, CARRIED)
+    distance = _differences(shifted(other_images, other_shift, radius), pattern, 0.5)
+    constant = (distance > VISIBLE) & (spread < CONSISTENT * distance)
+    mask, is_constant = _grow(_salient(gain) if (gain > 0).any() else region, constant, gain)
+    unscaled = Artifact(mask, pattern, shift, 1.0, radius, is_constant)
+    scale = float((1 - unscaled.score(other_images)).median())
+    return replace(unscaled, scale=max(scale, 1e-6))
+
+
+def _align(images: Tensor, other_images: Tensor, around: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pattern that the images share (C, H, W), their shifts and those at which the others come closest."""
+    small, factor = _smaller(images)
+    where = (_smaller(around[None, None])[0][0, 0] > 0).float()
+    _, shift = congeal(small, where, -(-radius // factor))
+    shift = (shift * factor).clamp(-radius, radius)
+    pattern = shifted(images, shift, radius).median(dim=0).values
+    _, other_shift = match(_smaller(other_images)[0], _smaller(pattern[None])[0][0], where, -(-radius // factor))
+    return pattern, shift, (other_shift * factor).clamp(-radius, radius)
+
+
+def _differences(images: Tensor, pattern: Tensor, share: float) -> Tensor:
+    """Return by how much (H, W) a share of the images differ from the pattern at most, averaged over channels."""
+    differences = (images - pattern).abs().mean(dim=1)
+    return differences.kthvalue(max(1, round(share * len(images))), dim=0).values
+
+
+def _salient(gain: Tensor) -> Tensor:
+    """Return where (H, W) the relevance that a cluster gained is large, by Otsu's threshold; nowhere without any."""
+    return gain > otsu(gain[gain > 0]) if (gain > 0).any() else torch.zeros_like(gain, dtype=torch.bool)
 
 
 def relevance_gain(relevance: Tensor, other: Tensor) -> Tensor:
