@@ -24,8 +24,15 @@ def heatmap_features(relevance: np.ndarray | Tensor, grid: int = 16) -> np.ndarr
     -------
     ndarray of float32
         (n, h·w), h and w at most `grid`; a map without any relevance stays zero.
+
+    Raises
+    ------
+    ValueError
+        If the relevance is not finite.
     """
     maps = torch.as_tensor(relevance).float().sum(dim=1, keepdim=True)
+    if not maps.isfinite().all():
+        raise ValueError("the relevance holds NaN or infinity")
     height, width = maps.shape[2:]
     size = (min(grid, height), min(grid, width))
     if size != (height, width):
