@@ -77,17 +77,18 @@ def spectral_embedding(
     n = affinity.shape[0]
     m = min(n_components, n)
     n_parts, part = connected_components(affinity, directed=False)
-    values, vectors = [], []
+    values, columns = [], []
     for p in range(n_parts):
         members = np.flatnonzero(part == p)
         eigenvalues, eigenvectors = _smallest(affinity[members][:, members], min(m, len(members)), seed)
-        whole = np.zeros((n, len(eigenvalues)))
-        whole[members] = eigenvectors
         values.append(eigenvalues)
-        vectors.append(whole)
-    eigenvalues, embedding = np.concatenate(values), np.concatenate(vectors, axis=1)
+        columns += [(members, eigenvector) for eigenvector in eigenvectors.T]
+    eigenvalues = np.concatenate(values)
     order = np.argsort(eigenvalues, kind="stable")[:m]
-    eigenvalues, embedding = eigenvalues[order], embedding[:, order]
+    eigenvalues, embedding = eigenvalues[order], np.zeros((n, m))
+    for column, chosen in enumerate(order):
+        members, eigenvector = columns[chosen]
+        embedding[members, column] = eigenvector
     sign = np.sign(embedding[np.abs(embedding).argmax(axis=0), np.arange(m)])
     return eigenvalues, embedding * np.where(sign == 0, 1, sign)
 
