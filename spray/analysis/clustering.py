@@ -64,6 +64,8 @@ def agglomerative(embedding: np.ndarray, n_clusters: int = 8) -> np.ndarray:
     """Agglomerative clustering with Ward's linkage."""
     from sklearn.cluster import AgglomerativeClustering
 
+    if len(embedding) < 2:
+        return np.zeros(len(embedding))
     return AgglomerativeClustering(min(n_clusters, len(embedding))).fit_predict(embedding)
 
 
@@ -80,5 +82,7 @@ def hdbscan(embedding: np.ndarray, min_cluster_size: int = 15) -> np.ndarray:
     """HDBSCAN; samples in no dense region are noise."""
     from sklearn.cluster import HDBSCAN
 
+    if len(embedding) < 2:
+        return np.full(len(embedding), -1)
     size = max(2, min(min_cluster_size, len(embedding)))
     return HDBSCAN(min_cluster_size=size, copy=True).fit_predict(embedding)
