@@ -102,9 +102,9 @@ def structureless_null(n: int, size: int, seed: int = 0) -> np.ndarray:
 def structureless_p_value(score: float, n: int, size: int, seed: int = 0) -> float:
     """Return how often a class without structure separates a cluster of that size as well: (1 + hits) / 1000.
 
-    The null is drawn for at most 1,000 samples in the same proportion: more would only narrow it.
+    The null is drawn for at most 300 samples in the same proportion: more would only narrow it.
     """
-    scale = min(1.0, 1000 / n)
+    scale = min(1.0, 300 / n)
     null = structureless_null(max(4, round(n * scale)), max(2, round(size * scale)), seed)
     return float((1 + (null >= score).sum()) / (1 + DRAWS))
 
