@@ -6,6 +6,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from spray.analysis import cluster, eigengap, heatmap_features, spectral_embedding
 from spray.analysis.clustering import spectral_rows
@@ -61,7 +62,9 @@ def _analyze(context: Context, group: h5py.Group, features: np.ndarray, used: np
     group.attrs["eigengap"] = eigengap(eigenvalues)
     for k in options.n_clusters:
         labels = np.full(n, -1, dtype=np.int32)
-        labels[used] = cluster(spectral_rows(vectors, k), "kmeans", n_clusters=k, seed=seed)
+        # So little work is done sooner by one thread, by far where other jobs want the cores.
+        with threadpool_limits(1):
+            labels[used] = cluster(spectral_rows(vectors, k), "kmeans", n_clusters=k, seed=seed)
         dataset = group.create_dataset(f"cluster/kmeans-{k:02d}", data=labels)
         dataset.attrs["embedding"], dataset.attrs["k"] = "spectral", k
 

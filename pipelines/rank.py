@@ -8,6 +8,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from spray.analysis import separability
 from spray.analysis.ranking import (
@@ -47,6 +48,8 @@ def run(context: Context) -> dict[str, Any]:
     with (
         h5py.File(context.run_dir / "analysis.h5") as analysis,
         h5py.File(context.run_dir / "attributions.h5") as attributions,
+        # On matrices this small more threads only wait for each other, for long where other jobs want the cores.
+        threadpool_limits(1),
     ):
         for c in context.progress(range(len(classes)), len(classes), "classes ranked"):
             group = analysis[f"{c:08d}"]
