@@ -201,7 +201,7 @@ def otsu(values: Tensor) -> float:
     from skimage.filters import threshold_otsu
 
     array = values.numpy()
-    return float(threshold_otsu(array)) if array.min() < array.max() else float(array.min()) - 1e-12
+    return float(threshold_otsu(array) if array.min() < array.max() else np.nextafter(array.min(), -np.inf))
 
 
 def _grow(region: Tensor, same: Tensor, gain: Tensor) -> tuple[Tensor, bool]:
@@ -214,7 +214,9 @@ def _grow(region: Tensor, same: Tensor, gain: Tensor) -> tuple[Tensor, bool]:
     inside = labelled[region.numpy()]
     touched = [part for part in range(1, n + 1) if (inside == part).sum() >= 2]
     grown = np.isin(labelled, touched)
-    filled = ndimage.binary_fill_holes(grown) if grown.mean() <= LARGEST else grown
+    filled = ndimage.binary_fill_holes(grown)
+    if filled.mean() > LARGEST:  # what a frame encloses is no hole in it
+        filled = grown
     share = float(gain.clamp_min(0)[torch.from_numpy(filled)].sum() / gain.clamp_min(0).sum().clamp_min(1e-12))
     if share >= 0.25 and filled.mean() <= LARGEST:
         return torch.from_numpy(filled).float(), True
