@@ -1,0 +1,225 @@
+"""The causal test on predictors whose answers are known exactly, and its statistics against scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from spray.isolation import causal
+from spray.isolation.candidate import Artifact
+from spray.isolation.causal import Effect, holm, removal_cost, verdict
+
+SIDE = 12
+
+
+def artifact(value: float = 1.0, constant: bool = True) -> Artifact:
+    mask = torch.zeros(SIDE, SIDE)
+    mask[2:6, 2:6] = 1
+    return Artifact(mask, torch.full((1, SIDE, SIDE), value), torch.zeros(1, 2, dtype=torch.int64), 0.5, 1, constant)
+
+
+def region(images: Tensor) -> Tensor:
+    return images[:, 0, 2:6, 2:6].mean(dim=(1, 2))
+
+
+def by_region(images: Tensor) -> Tensor:
+    """Class 1 where the mean of the artifact's place exceeds what the corner says, else class 0."""
+    return torch.stack([images[:, 0, 11, 11], region(images), torch.full((len(images),), -9.0)], dim=1)
+
+
+def pictures(places: list[float], corners: list[float]) -> Tensor:
+    images = torch.full((len(places), 1, SIDE, SIDE), 0.1)
+    for image, place, corner in zip(images, places, corners, strict=True):
+        image[0, 2:6, 2:6], image[0, 11, 11] = place, corner
+    return images
+
+
+def effect(**changes: object) -> Effect:
+    parts: dict = {
+        "predict": by_region,
+        "artifact": artifact(0.9),
+        "target": 1,
+        "others": pictures([0.0] * 10, [0.5] * 6 + [0.95] * 4),
+        "carriers": pictures([0.9] * 8, [0.4] * 8),
+        "donors": pictures([0.2] * 5, [0.4] * 5),
+        "seed": 0,
+    }
+    return causal.test_effect(**(parts | changes))
+
+
+def test_rates_gains_and_costs_are_exactly_those_of_the_predictor() -> None:
+    result = effect()
+    # The artifact makes 0.9 of the place, which flips the six corners of 0.5; the control's 0.2 flips none.
+    assert result.flip_rate == pytest.approx(0.6)
+    assert result.control_flip_rate == 0
+    assert result.logit_gain == pytest.approx(0.7, abs=1e-5)
+    assert result.n == 10
+    assert result.p_value == pytest.approx(stats.binomtest(6, 6, alternative="greater").pvalue)
+    # In carriers 0.9 becomes 0.2; in donors 0.2 becomes 0.2.
+    assert result.removal_cost == pytest.approx(0.7, abs=1e-5)
+    assert result.removal_p_value == pytest.approx(
+        stats.mannwhitneyu([0.7] * 8, [0.0] * 5, alternative="greater").pvalue
+    )
+
+
+def test_images_already_predicted_as_the_class_are_left_out() -> None:
+    others = pictures([0.0, 0.6, 0.7, 0.0], [0.5, 0.5, 0.5, 0.95])
+    result = effect(others=others)
+    assert result.n == 2
+    assert result.flip_rate == 0.5
+
+
+def test_the_p_value_is_mcnemars_on_discordant_pairs() -> None:
+    # Control content of 0.6 flips the corners below 0.6 as well: concordant pairs say nothing.
+    others = pictures([0.0] * 30, [0.5] * 10 + [0.7] * 12 + [0.95] * 8)
+    result = effect(others=others, donors=pictures([0.6] * 5, [0.65] * 5))
+    assert result.flip_rate == pytest.approx(22 / 30)
+    assert result.control_flip_rate == pytest.approx(10 / 30)
+    assert result.p_value == pytest.approx(stats.binomtest(12, 12, alternative="greater").pvalue)
+
+
+def test_discordant_pairs_of_both_kinds() -> None:
+    def two_sided(images: Tensor) -> Tensor:
+        # Bright corners ask for a bright place, dark corners for a dark one.
+        bright = images[:, 0, 11, 11] > 0.5
+        wants = torch.where(bright, region(images) - 0.7, 0.3 - region(images))
+        return torch.stack([torch.zeros(len(images)), wants], dim=1)
+
+    others = pictures([0.5] * 30, [1.0] * 21 + [0.0] * 9)
+    result = effect(predict=two_sided, others=others)
+    assert (result.flip_rate, result.control_flip_rate) == (pytest.approx(0.7), pytest.approx(0.3))
+    assert result.p_value == pytest.approx(stats.binomtest(21, 30, alternative="greater").pvalue)
+    other_way = effect(predict=two_sided, others=pictures([0.5] * 30, [1.0] * 9 + [0.0] * 21))
+    assert other_way.p_value == pytest.approx(stats.binomtest(9, 30, alternative="greater").pvalue)
+
+
+def test_an_artifact_no_better_than_its_control_has_no_effect() -> None:
+    result = effect(donors=pictures([0.9] * 5, [0.95] * 5))
+    assert result.flip_rate == result.control_flip_rate == pytest.approx(0.6)
+    assert result.p_value == 1
+    assert result.logit_gain == pytest.approx(0, abs=1e-6)
+    assert verdict(result, True, result.p_value, result.removal_p_value) == "no_effect"
+
+
+def test_a_model_that_looks_elsewhere_is_not_moved() -> None:
+    def elsewhere(images: Tensor) -> Tensor:
+        return torch.stack([images[:, 0, 11, 11], images[:, 0, 0, 0]], dim=1)
+
+    result = effect(predict=elsewhere)
+    assert result.flip_rate == result.control_flip_rate == result.logit_gain == result.removal_cost == 0
+    assert result.p_value == 1
+    assert 0 <= result.removal_p_value <= 1
+    assert verdict(result, True, 1.0, result.removal_p_value) == "no_effect"
+
+
+def test_removal_that_helps_has_a_negative_cost() -> None:
+    def dislikes(images: Tensor) -> Tensor:
+        return torch.stack([torch.zeros(len(images)), -region(images) - 1], dim=1)
+
+    result = effect(predict=dislikes)
+    assert result.removal_cost == pytest.approx(-0.7, abs=1e-5)
+    assert result.removal_p_value > 0.99
+
+
+def test_removal_happens_where_the_artifact_is_in_each_image() -> None:
+    found = artifact(0.9)
+    moved = pictures([0.1], [0.4])
+    moved[0, 0, 3:7, 1:5] = 0.9
+    seen: list[Tensor] = []
+
+    def predict(images: Tensor) -> Tensor:
+        seen.append(images)
+        return torch.zeros(len(images), 2)
+
+    removal_cost(predict, found, 1, moved, pictures([0.2], [0.4]) * 0 + 0.3, 0)
+    assert (seen[1][0, 0, 3:7, 1:5] == 0.3).all()
+    outside = torch.ones(SIDE, SIDE, dtype=torch.bool)
+    outside[3:7, 1:5] = False
+    assert torch.equal(seen[1][0, 0][outside], moved[0, 0][outside])
+
+
+def test_where_only_the_place_is_shared_the_content_is_that_of_carriers() -> None:
+    carriers = pictures([0.2, 0.9], [0.4, 0.4])
+    others = pictures([0.0] * 200, [0.5] * 200)
+    result = effect(artifact=artifact(0.0, constant=False), carriers=carriers, others=others)
+    # Every image gets the content of one of the two carriers, only one of which flips.
+    assert 0.4 < result.flip_rate < 0.6
+    assert result.control_flip_rate == 0
+
+
+def test_the_seed_decides_and_nothing_else_is_touched() -> None:
+    donors = pictures([0.1, 0.3, 0.6, 0.9], [0.4] * 4)
+    parts = {"donors": donors, "others": pictures([0.0] * 40, [0.5] * 40)}
+    before = torch.random.get_rng_state()
+    first = effect(**parts)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert effect(**parts) == first
+    assert len({effect(**parts, seed=seed).control_flip_rate for seed in range(6)}) > 1
+
+
+def test_nothing_to_test_on() -> None:
+    nothing = Effect(0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0)
+    empty = pictures([], [])
+    assert effect(others=pictures([0.9], [0.1])) == nothing
+    assert effect(others=empty) == nothing
+    assert effect(donors=empty) == nothing
+    assert effect(carriers=empty) == nothing
+
+
+def make(flip: float = 0.6, control: float = 0.1, gain: float = 1.0, cost: float = 1.0) -> Effect:
+    return Effect(flip, control, gain, 0.0, cost, 0.0, 100)
+
+
+@pytest.mark.parametrize(
+    ("found", "constant", "p", "removal_p", "expected"),
+    [
+        (make(), True, 0.001, 0.001, "clever_hans"),
+        (make(), True, 0.001, 0.5, "backdoor"),
+        (make(cost=-1.0), True, 0.001, 0.001, "backdoor"),
+        (make(flip=0.49), True, 0.001, 0.5, "no_effect"),
+        (make(flip=0.5), True, 0.001, 0.5, "backdoor"),
+        (make(flip=0.25), True, 0.001, 0.001, "clever_hans"),
+        (make(), True, 0.01, 0.001, "no_effect"),
+        (make(), True, 0.5, 0.001, "no_effect"),
+        (make(gain=0.0), True, 0.001, 0.001, "no_effect"),
+        (make(gain=-1.0), True, 0.001, 0.001, "no_effect"),
+        (make(flip=0.15, control=0.1), True, 0.001, 0.001, "no_effect"),
+        (make(flip=0.28, control=0.1), True, 0.001, 0.001, "clever_hans"),
+        (make(flip=0.28, control=0.1), False, 0.001, 0.001, "no_effect"),
+        (make(flip=0.35, control=0.1), False, 0.001, 0.001, "clever_hans"),
+        (make(flip=0.1, control=0.6), True, 0.001, 0.001, "no_effect"),
+    ],
+)
+def test_verdicts(found: Effect, constant: bool, p: float, removal_p: float, expected: str) -> None:
+    assert verdict(found, constant, p, removal_p) == expected
+
+
+def slow_holm(p_values: list[float]) -> list[float]:
+    m, corrected = len(p_values), [0.0] * len(p_values)
+    ranked = sorted(range(m), key=lambda i: p_values[i])
+    largest = 0.0
+    for position, i in enumerate(ranked):
+        largest = max(largest, min(1.0, (m - position) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def test_holm_equals_a_slow_version_and_a_known_example() -> None:
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    rng = np.random.default_rng(0)
+    for m in (1, 2, 5, 20):
+        for _ in range(20):
+            p_values = np.round(rng.random(m) ** 3, 2).tolist()
+            np.testing.assert_allclose(holm(p_values), slow_holm(p_values))
+    assert holm([]).shape == (0,)
+    assert holm([0.4]).tolist() == [0.4]
+
+
+def test_holm_keeps_the_error_of_the_family() -> None:
+    rng = np.random.default_rng(1)
+    false_alarms = sum(bool((holm(rng.random(12)) < 0.05).any()) for _ in range(2000))
+    assert stats.binomtest(false_alarms, 2000, 0.05, alternative="greater").pvalue > 0.01
+    assert false_alarms > 50
