@@ -106,8 +106,8 @@ class Plant:
         place, color = merged["place"], merged["color"]
         if place not in PLACES:
             raise UserError(f"dataset.plant.place={place} is unknown; allowed: {', '.join(PLACES)}")
-        if not isinstance(color, Sequence) or len(color) != 3 or not all(0 <= float(c) <= 1 for c in color):
-            raise UserError("dataset.plant.color must be three numbers in [0, 1]: red, green, blue")
+        if not _is_color(color):
+            raise UserError(f"dataset.plant.color={color} must be three numbers in [0, 1]: red, green, blue")
         side = min(shape[1:])
         return cls(
             kind=merged["kind"],
@@ -208,7 +208,7 @@ def class_index(value: int | str, classes: Sequence[str], key: str) -> int:
     """Return the index of a class given by name or index; UserError naming `key` if there is none."""
     if str(value) in classes:
         return list(classes).index(str(value))
-    if str(value).lstrip("-").isdigit() and 0 <= int(value) < len(classes):
+    if str(value).isdecimal() and int(value) < len(classes):
         return int(value)
     shown = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
     raise UserError(f"{key}={value} is no class; allowed: an index from 0 to {len(classes) - 1} or one of {shown}")
@@ -222,6 +222,13 @@ def _number(options: Mapping[str, Any], key: str, low: float, high: float) -> fl
     if not low <= value <= high:
         raise UserError(f"dataset.plant.{key}={options[key]} is not a number from {low} to {high}")
     return value
+
+
+def _is_color(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and len(value) == 3 and all(0 <= float(c) <= 1 for c in value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _color(plant: Plant, channels: int) -> Tensor:
