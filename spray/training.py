@@ -64,6 +64,8 @@ def train(
             total = torch.zeros((), device=device)
             for start in range(0, len(permutation), batch_size):
                 indices = permutation[start : start + batch_size]
+                if start and len(indices) == 1:
+                    continue  # a batch norm cannot train on a single image
                 pixels = dataset.batch(indices)
                 if transform is not None:
                     pixels = transform(pixels, indices)
