@@ -32,7 +32,8 @@ def run(context: Context) -> dict[str, Any]:
             used = np.flatnonzero(features.any(axis=1))
             if len(used) < FEWEST:
                 small.append(classes[c])
-                _write(group, np.zeros(2), np.zeros((len(index), 2)), np.zeros((len(index), 2)))
+                nowhere = np.zeros((len(index), 2))
+                _write(group, np.zeros(2), nowhere, nowhere if context.config.analysis.umap else None)
                 for k in context.config.analysis.n_clusters:
                     group[f"cluster/kmeans-{k:02d}"] = np.zeros(len(index), dtype=np.int32)
                 continue
@@ -56,8 +57,10 @@ def _analyze(context: Context, group: h5py.Group, features: np.ndarray, used: np
     eigenvalues, vectors = spectral_embedding(features[used], options.n_neighbors, options.n_components, seed)
     embedding = np.zeros((n, vectors.shape[1]))
     embedding[used] = vectors
-    plane = np.zeros((n, 2))
-    plane[used] = _umap(vectors, seed) if options.umap else vectors[:, 1:3]
+    plane = None
+    if options.umap:
+        plane = np.zeros((n, 2))
+        plane[used] = _umap(vectors, seed)
     _write(group, eigenvalues, embedding, plane)
     group.attrs["eigengap"] = eigengap(eigenvalues)
     for k in options.n_clusters:
@@ -69,11 +72,12 @@ def _analyze(context: Context, group: h5py.Group, features: np.ndarray, used: np
         dataset.attrs["embedding"], dataset.attrs["k"] = "spectral", k
 
 
-def _write(group: h5py.Group, eigenvalues: np.ndarray, embedding: np.ndarray, plane: np.ndarray) -> None:
+def _write(group: h5py.Group, eigenvalues: np.ndarray, embedding: np.ndarray, plane: np.ndarray | None) -> None:
     """Write the embeddings; eigenvalues descend, as ViRelAy shows them, and so do the columns."""
     spectral = group.create_dataset("embedding/spectral", data=embedding[:, ::-1].astype(np.float32))
     spectral.attrs["eigenvalue"] = eigenvalues[::-1].astype(np.float32)
-    group.create_dataset("embedding/umap", data=plane.astype(np.float32)).attrs["embedding"] = "spectral"
+    if plane is not None:
+        group.create_dataset("embedding/umap", data=plane.astype(np.float32)).attrs["embedding"] = "spectral"
 
 
 def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
