@@ -228,3 +228,19 @@ def test_scores_are_those_of_the_batches() -> None:
     np.testing.assert_allclose(together, artifact.score(images).numpy(), atol=1e-6)
     whole = artifact.insert(images, np.arange(10) % 2)
     assert artifact.score(whole).min() > 0.99
+
+
+@pytest.mark.parametrize("touches", [True, False])
+def test_holes_are_filled_and_what_does_not_touch_the_relevant_place_is_left(touches: bool) -> None:
+    ring = torch.zeros(20, 20, dtype=torch.bool)
+    ring[4:9, 4:9] = True
+    ring[6, 6] = False
+    far = torch.zeros_like(ring)
+    far[15:18, 15:18] = True
+    region = torch.zeros_like(ring)
+    region[5:8, 5:8] = True
+    mask, constant = candidate._grow(region, ring | far if touches else far, region.float())
+    assert constant is touches
+    expected = ring.clone() if touches else region
+    expected[6, 6] = True
+    assert torch.equal(mask, expected.float())

@@ -223,3 +223,14 @@ def test_holm_keeps_the_error_of_the_family() -> None:
     false_alarms = sum(bool((holm(rng.random(12)) < 0.05).any()) for _ in range(2000))
     assert stats.binomtest(false_alarms, 2000, 0.05, alternative="greater").pvalue > 0.01
     assert false_alarms > 50
+
+
+def test_the_removal_cost_is_that_of_carriers_beyond_that_of_the_control() -> None:
+    donors = pictures([0.1, 0.3, 0.6, 0.8], [0.4] * 4)
+    carriers = pictures([0.9] * 8, [0.4] * 8)
+    costs = [removal_cost(by_region, artifact(0.9), 1, images, donors, 3) for images in (carriers, donors)]
+    assert abs(float(costs[1].mean())) > 0.01
+    result = effect(donors=donors, carriers=carriers, seed=3)
+    assert result.removal_cost == pytest.approx(float(costs[0].mean() - costs[1].mean()), abs=1e-6)
+    expected = stats.mannwhitneyu(costs[0], costs[1], alternative="greater").pvalue
+    assert result.removal_p_value == pytest.approx(float(expected))
