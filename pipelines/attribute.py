@@ -38,8 +38,8 @@ def run(context: Context) -> dict[str, Any]:
             predictions[part[0] : part[-1] + 1] = logits.float().cpu().numpy()
         for name in ("method", "composite", "target"):
             file.attrs[name] = str(getattr(options, name))
-    if empty == n:
-        raise UserError("every heatmap is zero: the model does not respond to its input; check its weights")
+        if empty == n:
+            raise UserError("every heatmap is zero: the model does not respond to its input; check its weights")
     if empty:
         context.log.warning("%d of %d heatmaps are zero; they are left out of the clusters", empty, n)
     return {"samples": n, "empty_heatmaps": empty}

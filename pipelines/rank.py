@@ -53,6 +53,8 @@ def run(context: Context) -> dict[str, Any]:
     ):
         for c in context.progress(range(len(classes)), len(classes), "classes ranked"):
             group = analysis[f"{c:08d}"]
+            if len(group["index"]) < SMALLEST / LARGEST:
+                continue  # no cluster of so small a class can be scored
             rows += _score_class(context, c, group, _scorer(context, group, attributions))
     # A class is as separable as the best of its clusters.
     best = {c: max((row.score for row in rows if row.class_index == c), default=0.0) for c in range(len(classes))}

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spray.errors import UserError
 
 if TYPE_CHECKING:
+    from spray.pipelines.config import SprayConfig
     from spray.pipelines.context import Context
 
-DTYPES = ("float32", "float16")
-POSITIVE = ("attribution.batch_size", "model.batch_size", "analysis.n_neighbors", "analysis.n_components")
+# The least value of each number, and what some have to be above.
+LEAST = {
+    "dataset.per_class": 1,
+    "model.epochs": 1,
+    "model.batch_size": 1,
+    "attribution.batch_size": 1,
+    "analysis.n_neighbors": 1,
+    "analysis.n_components": 1,
+    "analysis.grid": 1,
+    "isolate.per_class": 1,
+    "isolate.candidates": 1,
+    "isolate.n_samples": 8,
+    "isolate.n_tested": 1,
+    "correction.epochs": 1,
+    "verify.n_explained": 1,
+    "model.weight_decay": 0,
+}
+ABOVE = {"model.learning_rate": 0, "correction.learning_rate": 0}
+CHOICES = {
+    "attribution.dtype": ("float32", "float16"),
+    "compute.name": ("serial",),
+    "rank.score": ("cross_fitted", "fisher"),
+}
 # Stages that put images through the model.
 WITH_MODEL = {"train", "attribute", "isolate", "correct", "verify"}
 
@@ -30,20 +52,28 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
     context.log.debug("device: %s", context.device)
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} is out of range; give a number from 0 to {2**32 - 1}")
-    if config.attribution.dtype not in DTYPES:
-        allowed = ", ".join(DTYPES)
-        raise UserError(f"attribution.dtype={config.attribution.dtype} is unknown; allowed: {allowed}")
-    for key in POSITIVE:
-        section, name = key.split(".")
-        if (value := getattr(getattr(config, section), name)) < 1:
-            raise UserError(f"{key}={value} is too small; it has to be at least 1")
-    if config.dataset.per_class is not None and config.dataset.per_class < 1:
-        raise UserError(f"dataset.per_class={config.dataset.per_class} is too small; it has to be at least 1")
+    for key, least in LEAST.items():
+        value = _value(config, key)
+        if value is not None and not least <= value < float("inf"):
+            raise UserError(f"{key}={value} is out of range; it has to be at least {least}")
+    for key, bound in ABOVE.items():
+        if not bound < (value := _value(config, key)) < float("inf"):
+            raise UserError(f"{key}={value} is out of range; it has to be above {bound}")
+    for key, allowed in CHOICES.items():
+        if (value := _value(config, key)) not in allowed:
+            raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
+    counts = config.analysis.n_clusters
+    if not counts or min(counts) < 2:
+        raise UserError(f"analysis.n_clusters={counts} is out of range; give numbers of at least 2, such as [2,4,8]")
     if "correct" in stages and config.correction.methods:
-        from spray.correction import CORRECTIONS
+        from spray.correction import check_methods
 
-        for method in config.correction.methods:
-            CORRECTIONS.get(method)
+        check_methods(config.correction.methods)
+
+
+def _value(config: SprayConfig, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
 
 
 def try_out(context: Context, stages: Collection[str]) -> None:
@@ -66,6 +96,10 @@ def try_out(context: Context, stages: Collection[str]) -> None:
     if "attribute" in stages:
         target = find_target(context.config.attribution.target, n_classes)
         context.explain(model, images, target if isinstance(target, int) else 0)
+    if "correct" in stages and "p_clarc" in context.config.correction.methods:
+        from spray.correction.projection import output_layer
+
+        output_layer(model, images)
 
 
 def find_target(target: str, n_classes: int) -> str | int:

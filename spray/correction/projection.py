@@ -24,11 +24,9 @@ def p_clarc(problem: Problem) -> nn.Module:
     Raises
     ------
     UserError
-        If the model's output is not made by a linear layer.
+        If the model's output is not made by a linear layer with a bias.
     """
     layer = output_layer(problem.model, inputs(problem, np.arange(min(2, len(problem.train)))))
-    if layer.bias is None:
-        raise UserError("p_clarc needs a bias in the model's last linear layer; leave it out of correction.methods")
     for finding in problem.findings:
         h, z_clean = direction(problem, finding, layer)
         with torch.no_grad():
@@ -39,7 +37,7 @@ def p_clarc(problem: Problem) -> nn.Module:
 
 
 def output_layer(model: nn.Module, x: Tensor) -> nn.Linear:
-    """Return the linear layer whose output is the model's.
+    """Return the linear layer, with a bias, whose output is the model's.
 
     Raises
     ------
@@ -60,6 +58,8 @@ def output_layer(model: nn.Module, x: Tensor) -> nn.Linear:
             hook.remove()
     for layer, output in reversed(outputs):
         if output.shape == result.shape and torch.equal(output, result):
+            if layer.bias is None:
+                raise UserError("p_clarc needs a bias in the model's last layer; leave it out of correction.methods")
             return layer
     raise UserError("p_clarc needs a model whose output is made by an nn.Linear; leave it out of correction.methods")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,6 +110,8 @@ def validate(train: ImageDataset, test: ImageDataset, options: DatasetOptions) -
     for key, values in (("mean", options.mean), ("std", options.std)):
         if len(values) not in (1, channels):
             raise UserError(f"dataset.{key} has {len(values)} numbers; give 1 or {channels}, one for each channel")
+        if not all(math.isfinite(value) for value in values):
+            raise UserError(f"dataset.{key}={list(values)} must be finite in every channel")
     if not min(options.std) > 0:
         raise UserError(f"dataset.std={list(options.std)} must be above 0 in every channel")
     return train, test

@@ -196,7 +196,8 @@ def _read_state(path: str) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror or one_line(error)}") from None
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        # An operand that is no opcode is one of a file that is no pickle; a class or global is one that is refused.
+        if "Unsupported" in str(error) and "Unsupported operand" not in str(error):
             raise UserError(f"checkpoint {path} holds more than tensors, such as a whole model; {advice}") from None
         raise UserError(f"{path} is no checkpoint of PyTorch; {advice}") from None
     except Exception:  # damaged archives fail in many ways
