@@ -6,6 +6,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import torch
 from threadpoolctl import threadpool_limits
 
 from spray.analysis import cluster, eigengap, heatmap_features, spectral_embedding
@@ -89,9 +90,14 @@ def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
     scale = np.abs(start).max()
     noise = np.random.default_rng(seed).normal(scale=1e-4, size=start.shape)
     start = (10 * start / (scale if scale > 0 else 1) + noise).astype(np.float32)
-    return UMAP(
-        n_neighbors=min(15, n - 1), init=start, random_state=seed, n_jobs=1, n_epochs=200 if n < 2000 else 100
-    ).fit_transform(vectors.astype(np.float32))
+    threads = torch.get_num_threads()
+    try:
+        return UMAP(
+            n_neighbors=min(15, n - 1), init=start, random_state=seed, n_jobs=1, n_epochs=200 if n < 2000 else 100
+        ).fit_transform(vectors.astype(np.float32))
+    finally:
+        # Numba sets the number of OpenMP threads, which torch shares, and with it the rounding of what follows.
+        torch.set_num_threads(threads)
 
 
 STAGE = Stage(
