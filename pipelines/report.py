@@ -18,7 +18,14 @@ from spray.virelay import can_show, export
 
 def run(context: Context) -> dict[str, Any]:
     """Write `report.html` and `virelay/` from what the run directory holds."""
-    data = gather(context.run_dir, context.train, title=_title(context), model=_model(context), truth=_truth(context))
+    data = gather(
+        context.run_dir,
+        context.train,
+        context.test,
+        title=_title(context),
+        model=_model(context),
+        truth=_truth(context),
+    )
     page = render(data)
     write_text(context.run_dir / "report.html", page)
     _export(context)

@@ -261,6 +261,7 @@ def context(run_dir: Path, dataset: ImageDataset, plant: dict | None = None) -> 
         config=config,
         run_dir=run_dir,
         train=dataset,
+        test=dataset,
         log=logging.getLogger("test"),
         progress=lambda iterable, total, what: iterable,
     )

@@ -44,7 +44,15 @@ _CAVEATS = (
 )
 
 
-def gather(run_dir: Path, dataset: ImageDataset, *, title: str, model: str, truth: Truth | None = None) -> ReportData:
+def gather(
+    run_dir: Path,
+    dataset: ImageDataset,
+    test: ImageDataset | None = None,
+    *,
+    title: str,
+    model: str,
+    truth: Truth | None = None,
+) -> ReportData:
     """Collect what the report shows.
 
     Parameters
@@ -53,6 +61,8 @@ def gather(run_dir: Path, dataset: ImageDataset, *, title: str, model: str, trut
         A run directory; every file in it may be missing.
     dataset : ImageDataset
         The training samples of the run.
+    test : ImageDataset, optional
+        Its test samples; the report only says which of them could not be read.
     title, model : str
         What was studied.
     truth : Truth, optional
@@ -80,8 +90,14 @@ def gather(run_dir: Path, dataset: ImageDataset, *, title: str, model: str, trut
         provenance=tuple(_provenance(run, dataset)),
         versions=tuple((name, str(version)) for name, version in run.get("versions", {}).items() if version),
         stages=tuple(_stages(run)),
-        skipped_samples=tuple(f"{name}: {why}" for name, why in getattr(dataset, "unreadable", ())),
+        skipped_samples=tuple(_unreadable(dataset, test)),
     )
+
+
+def _unreadable(dataset: ImageDataset, test: ImageDataset | None) -> Iterator[str]:
+    for part, which in ((dataset, ""), (test, "test image ")):
+        for name, why in getattr(part, "unreadable", ()):
+            yield f"{which}{name}: {why}"
 
 
 def _read(path: Path) -> Any:
