@@ -207,7 +207,7 @@ def to_png(array: np.ndarray) -> bytes:
     if array.dtype != np.uint8:
         array = np.rint(np.clip(array.astype(np.float64), 0.0, 1.0) * 255.0).astype(np.uint8)
     buffer = BytesIO()
-    Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
