@@ -231,3 +231,16 @@ def test_classes_go_by_name_first_and_long_lists_are_cut() -> None:
     assert class_index(2, ("2", "1", "0"), "x") == 0
     with pytest.raises(UserError, match=r"c19, …$"):
         class_index("none", [f"c{i}" for i in range(30)], "x")
+
+
+def test_a_dataset_that_hands_out_its_own_memory_is_not_changed() -> None:
+    class Shared(ArrayDataset):
+        def batch(self, indices: np.ndarray) -> torch.Tensor:
+            return self.pixels
+
+    clean = Shared(dataset().images, dataset().labels, CLASSES)
+    clean.pixels = torch.rand(120, *SHAPE)
+    before = clean.pixels.clone()
+    marked = planted(clean, {"kind": "box", "class": 0, "rate": 1.0})
+    assert not torch.equal(marked.batch(np.arange(120)), before)
+    assert torch.equal(clean.pixels, before)
