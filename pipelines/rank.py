@@ -11,6 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from spray.analysis import separability
+from spray.analysis.fisher import RIDGE
 from spray.analysis.ranking import (
     cross_fitted_separability,
     outlier_p_value,
@@ -77,7 +78,8 @@ def _scorer(context: Context, group: h5py.Group, attributions: h5py.File) -> Cal
     """Return the function that scores a cluster, given as a mask over the class's samples."""
     if context.config.rank.score == "fisher":
         embedding = group["embedding/spectral"][:]
-        return lambda member: separability(embedding, member.astype(int))
+        # Parts of a graph that do not hang together have no spread within: that is no number JSON could hold.
+        return lambda member: min(separability(embedding, member.astype(int)), 1 / RIDGE)
     features = class_features(attributions, group["index"][:], context.config.analysis.grid)
     seed = context.config.seed
     X = principal_components(features, seed=seed)

@@ -113,10 +113,10 @@ class Plant:
             kind=merged["kind"],
             target=class_index(merged["class"], classes, "dataset.plant.class"),
             rate=_number(merged, "rate", 0.0, 1.0),
-            seed=int(_number(merged, "seed", 0, 2**32 - 1)),
+            seed=_whole(merged, "seed", 0, 2**32 - 1),
             place=place,
-            size=int(_number(merged, "size", 1, side // 2)),
-            jitter=int(_number(merged, "jitter", 0, side // 2)),
+            size=_whole(merged, "size", 1, side // 2),
+            jitter=_whole(merged, "jitter", 0, side // 2),
             color=(float(color[0]), float(color[1]), float(color[2])),
         )
 
@@ -198,9 +198,8 @@ def planted(dataset: ImageDataset, options: Mapping[str, Any] | None) -> ImageDa
 def planted_truth(options: Mapping[str, Any] | None, dataset: ImageDataset) -> PlantedTruth | None:
     """Return the truth about the planted artifact; None where nothing was planted."""
     plant = Plant.from_config(options, dataset.classes, dataset.image_shape)
-    if plant is None or plant.rate == 0:
+    if plant is None or not len(samples := plant.chosen(dataset.labels)):
         return None
-    samples = plant.chosen(dataset.labels)
     return PlantedTruth(plant, samples, plant.target, dataset.classes[plant.target], plant.kind, plant.rate)
 
 
@@ -222,6 +221,13 @@ def _number(options: Mapping[str, Any], key: str, low: float, high: float) -> fl
     if not low <= value <= high:
         raise UserError(f"dataset.plant.{key}={options[key]} is not a number from {low} to {high}")
     return value
+
+
+def _whole(options: Mapping[str, Any], key: str, low: int, high: int) -> int:
+    value = _number(options, key, low, high)
+    if not value.is_integer():
+        raise UserError(f"dataset.plant.{key}={options[key]} is not a whole number from {low} to {high}")
+    return int(value)
 
 
 def _is_color(value: Any) -> bool:
