@@ -84,7 +84,11 @@ def job_folder(overrides: str) -> str:
     name = re.sub(r"[^\w.,=+-]+", "_", overrides)
     if name == overrides and len(name) <= 150:
         return name
-    return f"{name[:140]}-{sha256(overrides.encode()).hexdigest()[:8]}"
+    parts = name.split(",")
+    # Long ones are mostly paths; what a sweep varies is short.
+    while len(",".join(parts)) > 140 and len(parts) > 1:
+        parts.remove(max(parts, key=len))
+    return f"{','.join(parts)[:140]}-{sha256(overrides.encode()).hexdigest()[:8]}"
 
 
 def _job(config: DictConfig) -> None:
@@ -97,7 +101,10 @@ def _job(config: DictConfig) -> None:
     sweep = settings.mode == RunMode.MULTIRUN
     # What this job has and the command line as typed does not is what the sweep varies.
     overrides = OmegaConf.to_container(settings.overrides.task) or []
-    varied = [str(override) for override in overrides if override not in sys.argv]
+    typed = {argument.lower() for argument in sys.argv}
+    # Hydra escapes characters and writes booleans in its own way.
+    plain = [re.sub(r"\\(.)", r"\1", str(override)) for override in overrides]
+    varied = [override for override in plain if override.lower() not in typed]
     name = (",".join(varied) or str(settings.job.num)) if sweep else ""
     if sweep:
         _log.info("job %s", name)

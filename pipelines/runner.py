@@ -27,7 +27,7 @@ from spray.pipelines.record import (
 )
 from spray.pipelines.stage import Stage
 from spray.pipelines.validate import check_settings, try_out
-from spray.storage import sha256
+from spray.storage import remove_leftovers, sha256
 
 if TYPE_CHECKING:
     from spray.pipelines.context import Context
@@ -66,6 +66,7 @@ def run_stages(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
         For a mistake in configuration or data, or a needed stage that is neither asked nor up to date.
     """
     check_settings(context, asked)
+    remove_leftovers(context.run_dir)
     inputs = find_inputs(context)
     record = Record(context.run_dir)
     decisions = decide(context, asked, stages, record, inputs)

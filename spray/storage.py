@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import h5py
+
+
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+"""Names of temporary files."""
 
 
 @contextmanager
@@ -28,6 +33,13 @@ def replacing(path: Path) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that writers which were killed left anywhere in `folder`."""
+    for path in Path(folder).rglob(".*.tmp"):
+        if LEFTOVER.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

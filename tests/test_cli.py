@@ -247,6 +247,12 @@ def test_job_folder_is_a_stable_name_of_one_folder():
         assert len(job_folder(overrides)) < 200
 
 
+def test_a_long_job_folder_keeps_what_is_short():
+    overrides = f"dataset.train=/{'x' * 200},model.epochs=3,seed=7"
+    assert job_folder(overrides).startswith("model.epochs=3,seed=7-")
+    assert job_folder(overrides) != job_folder(overrides.replace("x", "y"))
+
+
 def test_stage_order():
     assert in_order(["report", "train", "report"]) == ["train", "report"]
 

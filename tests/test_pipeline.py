@@ -311,6 +311,15 @@ def test_resume_computes_nothing(run: Run) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_what_a_killed_run_left_half_written_goes(run: Run) -> None:
+    left, own = run.dir / "artifacts/.scores.csv.0123abcd.tmp", run.dir / ".notes.tmp"
+    left.write_text("half")
+    own.write_text("the user's")
+    assert run.again("stages=[train]").code == 0
+    assert not left.exists()
+    assert own.exists()
+
+
 def test_plan_of_a_finished_run(run: Run) -> None:
     said = run.again("plan=true")
     assert said.code == 0

@@ -277,7 +277,7 @@ def test_plan_computes_nothing(spray, tmp_path):
 def test_plan_of_a_finished_run(spray, tmp_path):
     spray(RUN)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    result = spray(RUN, "plan=true", "rank.score=other")
+    result = spray(RUN, "plan=true", "rank.score=fisher")
     assert "attribute up to date" in result.out
     assert "rank      would run: rank.score changed from 'cross_fitted' to 'other'" in result.out
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
