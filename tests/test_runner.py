@@ -279,7 +279,7 @@ def test_plan_of_a_finished_run(spray, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     result = spray(RUN, "plan=true", "rank.score=fisher")
     assert "attribute up to date" in result.out
-    assert "rank      would run: rank.score changed from 'cross_fitted' to 'other'" in result.out
+    assert "rank      would run: rank.score changed from 'cross_fitted' to 'fisher'" in result.out
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
