@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import spray
 from spray.errors import UserError
 from spray.storage import read_json, sha256, write_json
@@ -71,6 +73,8 @@ def header(config: SprayConfig, device: str, inputs: Mapping[str, str]) -> dict[
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
         "git_sha": git_sha(),
         "device": device,
+        # Round-off depends on it.
+        "threads": torch.get_num_threads(),
         "inputs": dict(inputs),
     }
 

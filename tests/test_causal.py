@@ -189,7 +189,8 @@ def make(flip: float = 0.6, control: float = 0.1, gain: float = 1.0, cost: float
         (make(flip=0.15, control=0.1), True, 0.001, 0.001, "no_effect"),
         (make(flip=0.28, control=0.1), True, 0.001, 0.001, "clever_hans"),
         (make(flip=0.28, control=0.1), False, 0.001, 0.001, "no_effect"),
-        (make(flip=0.35, control=0.1), False, 0.001, 0.001, "clever_hans"),
+        (make(flip=0.38, control=0.1), False, 0.001, 0.001, "no_effect"),
+        (make(flip=0.42, control=0.1), False, 0.001, 0.001, "clever_hans"),
         (make(flip=0.1, control=0.6), True, 0.001, 0.001, "no_effect"),
     ],
 )

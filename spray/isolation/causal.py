@@ -16,8 +16,8 @@ LEVEL = 0.01
 """Level of the tests, after Holm's correction for all candidates."""
 
 MIN_EFFECT = 0.1
-"""Least difference of flip rate and control flip rate that counts as an effect; twice that where the samples
-do not share the content, since what is tested then is a part of an image, not one thing."""
+"""Least difference of flip rate and control flip rate that counts as an effect; three times that where the
+samples do not share the content: parts of images of one kind move predictions too, without being an artifact."""
 
 TRIGGER = 0.5
 """Least flip rate of a backdoor: the artifact alone decides."""
@@ -169,7 +169,7 @@ def verdict(effect: Effect, constant: bool, p_value: float, removal_p_value: flo
         the artifact alone turns most images; and "no_effect" where it does neither.
     """
     flips = effect.flip_rate - effect.control_flip_rate
-    if p_value >= LEVEL or flips < (MIN_EFFECT if constant else 2 * MIN_EFFECT) or effect.logit_gain <= 0:
+    if p_value >= LEVEL or flips < (MIN_EFFECT if constant else 3 * MIN_EFFECT) or effect.logit_gain <= 0:
         return "no_effect"
     if removal_p_value < LEVEL and effect.removal_cost > 0:
         return "clever_hans"
