@@ -86,7 +86,7 @@ class Context:
 
     def explain(self, model: nn.Module, images: Tensor, target: int | Tensor) -> Tensor:
         """Return the relevance (n, C, H, W) of normalised images of that shape, computed as configured."""
-        from spray.explain import explain
+        from spray.attribution import explain
 
         options = self.config.attribution
         bounds = {}

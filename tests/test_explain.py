@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from spray import explain
+from spray.attribution import ATTRIBUTIONS
 from spray.errors import UserError
-from spray.explain import ATTRIBUTIONS
 from spray.lrp import COMPOSITES
 
 METHODS = [(method, {}) for method in ATTRIBUTIONS.names() if method != "lrp"] + [
@@ -243,7 +243,7 @@ def test_an_empty_batch_gives_an_empty_attribution() -> None:
     "code",
     [
         "from spray import explain",
-        "from spray.explain import ATTRIBUTIONS; import spray; explain = spray.explain",
+        "from spray.attribution import ATTRIBUTIONS; import spray; explain = spray.explain",
     ],
 )
 def test_explain_is_the_function_in_every_order_of_imports(code: str) -> None:
