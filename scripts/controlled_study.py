@@ -154,8 +154,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     if planted:
         lines += [
             "| experiment, seed | first class (τ, next) | first artifact | precision / recall | clean | attacked | "
-            "A-ClArC clean / attacked | P-ClArC attacked | fine-tuned attacked | seconds |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "A-ClArC clean / attacked | P-ClArC attacked | fine-tuned attacked |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
     for row in planted:
         clean, attacked = row["clean"], row["attacked_by_truth"]
@@ -165,21 +165,20 @@ def _table(rows: list[dict[str, Any]]) -> str:
             f"| {row.get('precision', 0):.3f} / {row.get('recall', 0):.3f} "
             f"| {clean['original']:.3f} | {attacked['original']:.3f} "
             f"| {_number(clean, 'a_clarc')} / {_number(attacked, 'a_clarc')} | {_number(attacked, 'p_clarc')} "
-            f"| {_number(attacked, 'fine_tuned')} | {row['seconds']:.0f} |"
+            f"| {_number(attacked, 'fine_tuned')} |"
         )
     if clean_rows := [row for row in rows if row["arm"] == "clean"]:
         lines += [
             "",
             "| experiment, seed (nothing planted) | candidates tested | false verdicts | "
-            "largest flip rate above control | clean | seconds |",
-            "|---|---|---|---|---|---|",
+            "largest flip rate above control | clean |",
+            "|---|---|---|---|---|",
         ]
         for row in clean_rows:
             gap = row["largest_gap_without_verdict"]
             lines.append(
                 f"| {row['experiment']}, {row['seed']} | {row['candidates']} | {len(row['found'])} "
-                f"| {'–' if gap is None else format(gap, '.3f')} | {row['clean']['original']:.3f} "
-                f"| {row['seconds']:.0f} |"
+                f"| {'–' if gap is None else format(gap, '.3f')} | {row['clean']['original']:.3f} |"
             )
     return "\n".join(lines)
 
