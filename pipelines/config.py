@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from spray.data.plant_defaults import DEFAULTS
 from spray.pipelines.stages import NAMES
 
 
@@ -21,18 +22,7 @@ class DatasetConfig:
     mean: list[float] = field(default_factory=lambda: [0.5])
     std: list[float] = field(default_factory=lambda: [0.5])
     # A mapping, not a dataclass: one of its keys is `class`, and kinds of artifacts may bring their own.
-    plant: dict[str, Any] = field(
-        default_factory=lambda: {
-            "kind": "none",
-            "class": 0,
-            "rate": 0.25,
-            "seed": 0,
-            "place": "top_left",
-            "size": 6,
-            "jitter": 2,
-            "color": [1.0, 0.85, 0.1],
-        }
-    )
+    plant: dict[str, Any] = field(default_factory=lambda: {**DEFAULTS, "kind": "none"})
 
 
 @dataclass

@@ -31,7 +31,6 @@ class Candidate:
     class_index: int
     cluster: str
     artifact: Artifact
-    scores: np.ndarray
     samples: np.ndarray
     effect: Effect
     verdict: str = "no_effect"
@@ -81,11 +80,13 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
     taken: dict[int, list[np.ndarray]] = {}
     with h5py.File(context.run_dir / "analysis.h5") as analysis:
         for row in read_json(context.run_dir / "ranking.json")["clusters"]:
+            earlier = taken.setdefault(row["class_index"], [])
+            if len(earlier) == options.per_class:
+                continue
             group = analysis[f"{row['class_index']:08d}"]
             name, _, label = row["cluster"].rpartition("/")
             members = group["index"][:][group[f"cluster/{name}"][:] == int(label)].astype(np.int64)
-            earlier = taken.setdefault(row["class_index"], [])
-            if len(earlier) < options.per_class and all(_overlap(members, other) < 0.5 for other in earlier):
+            if all(_overlap(members, other) < 0.5 for other in earlier):
                 earlier.append(members)
                 chosen.append((row, members))
     return chosen[: options.candidates]
@@ -123,7 +124,7 @@ def _isolate(context: Context, relevance: h5py.Dataset, row: dict[str, Any], mem
         context.train.batch(some(of_class[~carries])),
         context.config.seed,
     )
-    return Candidate(c, row["cluster"], artifact, matched, of_class[carries], effect)
+    return Candidate(c, row["cluster"], artifact, of_class[carries], effect)
 
 
 def _judge(candidates: list[Candidate]) -> None:

@@ -15,21 +15,11 @@ import torch
 from torch import Tensor
 
 from spray.data.base import ImageDataset
+from spray.data.plant_defaults import DEFAULTS
 from spray.errors import UserError
 from spray.registry import Registry
 
 PLACES = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
-DEFAULTS: dict[str, Any] = {
-    "kind": "tag",
-    "class": 0,
-    "rate": 0.25,
-    "seed": 0,
-    "place": "top_left",
-    "size": 6,
-    "jitter": 2,
-    "color": [1.0, 0.85, 0.1],
-}
-"""The keys of `dataset.plant` and what they are where nothing is said; `kind: none` plants nothing."""
 
 
 class Marker(Protocol):
