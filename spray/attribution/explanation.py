@@ -1,0 +1,110 @@
+"""The entry to every attribution method: `explain`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spray.attribution.registry import ATTRIBUTIONS, Attribution
+from spray.attribution.target import Contrast, Target, check_finite, columns, several
+from spray.errors import UserError
+from spray.lrp import Rule
+
+
+def explain(
+    model: nn.Module,
+    x: Tensor,
+    target: Target = None,
+    method: str = "lrp",
+    composite: str | Mapping[str, Rule | str] = "epsilon_plus_flat",
+    *,
+    contrast: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Attribute a model's output for a class to the input.
+
+    The model is left as it was: weights, hooks, gradients, mode, and the state of the random generators.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An unmodified classifier in evaluation mode that maps `x` to logits of shape (N, classes).
+    x : Tensor, shape (N, ...), floating point
+        The input, normalised as the model expects it.
+    target : int, Tensor of int, list of int, or None
+        The class to explain: one for all samples, one for each (a tensor (N,)), several for all (a list of T)
+        or several for each (a tensor (N, T)). None is the predicted class.
+    method : str
+        A name in `ATTRIBUTIONS`: "lrp" (layer-wise relevance propagation), "gradient" (of the target's
+        logit), "gradient_x_input".
+    composite : str or mapping
+        For LRP: a name in `spray.lrp.COMPOSITES`, or a mapping from kinds of layers ("first", "convolution",
+        "linear") and module names or globs to rules (see `spray.lrp.rules`) or their names. Other methods
+        take no notice of it.
+    contrast : bool
+        Explain the target's logit minus the mean of the other classes' logits instead of the logit.
+    **options
+        For LRP: `init`, "logit" (default; the relevance starts with the target's logit) or "one", and the
+        options of the composite: `epsilon`, `gamma`, and `low` and `high`, the bounds of the normalised input
+        (numbers, one per channel, or tensors that broadcast).
+
+    Returns
+    -------
+    Tensor
+        The attribution: shape, dtype and device of `x`, detached; for several targets (N, T, ...).
+
+    Raises
+    ------
+    UserError
+        For arguments that aren't allowed, a model in training mode, an operation in the model that LRP has no
+        rule for, or values that aren't finite.
+    """
+    attribute = ATTRIBUTIONS.get(method)
+    check_arguments(model, x)
+    if method == "lrp":
+        options = {"composite": composite, **options}
+    else:
+        refuse_options(options, attribute, method)
+    if contrast:
+        model = Contrast(model)
+    devices = [x.device] if x.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.inference_mode(False),
+        torch.autocast(x.device.type, enabled=False),
+    ):
+        sample = x.detach().clone() if x.is_inference() else x.detach()
+        if several(target):
+            R = torch.stack([attribute(model, sample, one, **options) for one in columns(target)], 1)
+        else:
+            R = attribute(model, sample, target, **options).detach()
+    check_finite(R, "the attribution")
+    return R
+
+
+def check_arguments(model: nn.Module, x: Tensor) -> None:
+    """Raise a UserError unless `model` is a module in evaluation mode and `x` a batch of floats."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        where = f"module {training[0]!r}" if training[0] else "the model"
+        raise UserError(f"{where} is in training mode; call model.eval() before explain")
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"x must be a floating-point tensor of shape (N, ...), not {got}")
+
+
+def refuse_options(options: Mapping[str, Any], attribute: Attribution, method: str) -> None:
+    """Raise a UserError if there are options that a method doesn't take."""
+    parameters = inspect.signature(attribute).parameters.values()
+    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise UserError(
+            f"method {method!r} takes no option {', '.join(unknown)}; allowed: {', '.join(allowed) or 'none'}"
+        )
