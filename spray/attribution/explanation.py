@@ -78,7 +78,7 @@ def explain(
         torch.autocast(x.device.type, enabled=False),
     ):
         sample = x.detach().clone() if x.is_inference() else x.detach()
-        if several(target):
+        if several(target) and method != "lrp":
             R = torch.stack([attribute(model, sample, one, **options) for one in columns(target)], 1)
         else:
             R = attribute(model, sample, target, **options).detach()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch
 from torch import Tensor, nn
 
 from spray.attribution.registry import ATTRIBUTIONS
-from spray.attribution.target import Target, check_logits, class_indices, one_hot
+from spray.attribution.target import Target, check_logits, class_indices, several
 from spray.errors import UserError
 from spray.lrp import Rule, build_composite, propagate
 
@@ -29,7 +31,9 @@ def lrp(
 
     def initial(output: Any) -> Tensor:
         logits = check_logits(output, x)
-        mask = one_hot(logits, class_indices(logits, target)[:, 0])
-        return mask if init == "one" else mask * logits.detach()
+        index = class_indices(logits, target)
+        masks = torch.zeros_like(logits).expand(index.shape[1], -1, -1).scatter(2, index.T[..., None], 1)
+        return masks if init == "one" else masks * logits.detach()
 
-    return propagate(model, x, build_composite(composite, model, **options), initial)
+    R = propagate(model, x, build_composite(composite, model, **options), initial)
+    return R.transpose(0, 1) if several(target) else R[0]

@@ -40,6 +40,13 @@ class Composite:
         For affine layers that no other affine layer comes before, in the order of execution.
     names : mapping of str to Rule
         For layers by name or glob; goes before the kinds, the first match counts.
+    last : Rule, optional
+        For affine layers that no other affine layer comes after.
+    addition : {"norm", "equal", "magnitude"}
+        How relevance is split where two signals are added, as in residual connections: in proportion to the
+        summands (the norm rule), in halves, or in proportion to the summands' absolute values.
+    zero_bias : bool
+        Whether the rules leave biases out, so that they get no share of the relevance.
     stabilizer : float, optional
         The stabiliser where relevance is divided by contribution (sums, averages, batch normalisation alone).
     """
@@ -47,6 +54,9 @@ class Composite:
     convolution: Rule = field(default_factory=Epsilon)
     linear: Rule = field(default_factory=Epsilon)
     first: Rule | None = None
+    last: Rule | None = None
+    addition: str = "norm"
+    zero_bias: bool = False
     names: Mapping[str, Rule] = field(default_factory=dict)
     stabilizer: float | None = None
 
@@ -58,6 +68,11 @@ class Composite:
         if first and self.first is not None:
             return self.first
         return self.convolution if kind == "convolution" else self.linear
+
+    def last_rule(self, name: str) -> Rule | None:
+        """Return the rule that a layer of a name gets if no affine layer comes after it; None: the same."""
+        named = any(fnmatchcase(name, pattern) for pattern in self.names)
+        return None if named else self.last
 
 
 COMPOSITES: Registry[Callable[..., Composite]] = Registry("composite")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from spray.lrp.tape import fold, unfold
 
 
 class LinearMap(Protocol):
@@ -26,6 +28,15 @@ class LinearMap(Protocol):
 
     def scale_outputs(self, w: Tensor, scale: Tensor) -> Tensor:
         """Return `w` with the weights of each output channel multiplied by its entry of `scale`."""
+
+    def output_shape(self, shape: Sequence[int], w: Tensor) -> tuple[int, ...]:
+        """Return the shape of the output for an input of a shape."""
+
+    def n_outputs(self, w: Tensor) -> int:
+        """Return the number of entries of a bias."""
+
+    def spread(self, R: Tensor, shape: Sequence[int], w: Tensor) -> Tensor | None:
+        """Return relevance spread evenly over the inputs each output sees; None: there is no short way."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,52 @@ class FullyConnected:
     def scale_outputs(self, w: Tensor, scale: Tensor) -> Tensor:
         """Scale the rows."""
         return w * scale[:, None]
+
+    def output_shape(self, shape: Sequence[int], w: Tensor) -> tuple[int, ...]:
+        """Replace the last dimension."""
+        return (*shape[:-1], w.shape[0])
+
+    def n_outputs(self, w: Tensor) -> int:
+        """Count the rows."""
+        return w.shape[0]
+
+    def spread(self, R: Tensor, shape: Sequence[int], w: Tensor) -> Tensor | None:
+        """Every output sees every input of its sample."""
+        return (R.sum(-1, keepdim=True) / w.shape[1]).expand(*R.shape[:-1], w.shape[1]).contiguous()
+
+
+@dataclass(frozen=True)
+class Product:
+    """Any other function that is linear in its first argument: ``function(a, w)``."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    kind: str = "linear"
+
+    def forward(self, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """Return ``function(a, w) + b``."""
+        return self.function(a, w) if b is None else self.function(a, w) + b
+
+    def transpose(self, s: Tensor, w: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the vector-Jacobian product."""
+        with torch.enable_grad():
+            leaf = torch.zeros(tuple(shape), dtype=s.dtype, device=s.device, requires_grad=True)
+            return torch.autograd.grad(self.function(leaf, w), leaf, s)[0]
+
+    def scale_outputs(self, w: Tensor, scale: Tensor) -> Tensor:
+        """Refuse: it has no channels that a normalisation could be merged into."""
+        raise NotImplementedError
+
+    def output_shape(self, shape: Sequence[int], w: Tensor) -> tuple[int, ...]:
+        """Refuse: it is computed at once."""
+        raise NotImplementedError
+
+    def n_outputs(self, w: Tensor) -> int:
+        """Return 1: one entry is added to all outputs."""
+        return 1
+
+    def spread(self, R: Tensor, shape: Sequence[int], w: Tensor) -> Tensor | None:
+        """Return None."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -107,6 +164,37 @@ class Convolution:
         factor = scale.view(self.groups, 1, -1, *[1] * (w.dim() - 2))
         return (grouped * factor).flatten(0, 1)
 
+    def output_shape(self, shape: Sequence[int], w: Tensor) -> tuple[int, ...]:
+        """Return what `torch.convolution` makes of an input's shape."""
+        inner = []
+        after = self.trailing or (0,) * len(self.stride)
+        sizes = zip(shape[2:], w.shape[2:], self.stride, self.padding, self.dilation, after, strict=True)
+        for i, (n, k, stride, padding, dilation, extra) in enumerate(sizes):
+            reach = dilation * (k - 1)
+            if self.transposed:
+                inner.append((n - 1) * stride - 2 * padding + reach + self._output_padding[i] + 1)
+            else:
+                inner.append((n + 2 * padding + extra - reach - 1) // stride + 1)
+        return (shape[0], self.n_outputs(w), *inner)
+
+    def n_outputs(self, w: Tensor) -> int:
+        """Count the output channels."""
+        return w.shape[1] * self.groups if self.transposed else w.shape[0]
+
+    def spread(self, R: Tensor, shape: Sequence[int], w: Tensor) -> Tensor | None:
+        """Spread each position's sum over its channels with a filter of one channel."""
+        if self.transposed:
+            return None
+        one = replace(self, groups=1)
+        samples, n_in = R.shape[0], w.shape[1]
+        inner = (1, 1, *shape[2:])
+        box = torch.ones((1, 1, *w.shape[2:]), dtype=R.dtype, device=R.device)
+        counts = one.forward(torch.ones(inner, dtype=R.dtype, device=R.device), box, None) * n_in
+        total = R.unflatten(1, (self.groups, -1)).sum(2).flatten(0, 1)[:, None]
+        share = one.transpose(total.div_(counts), box, (samples * self.groups, *inner[1:]))
+        grouped = share.unflatten(0, (samples, self.groups))
+        return grouped.expand(samples, self.groups, n_in, *shape[2:]).flatten(1, 2).contiguous()
+
     @property
     def _output_padding(self) -> tuple[int, ...]:
         return self.output_padding or (0,) * len(self.stride)
@@ -121,11 +209,18 @@ class Layer:
     map : LinearMap
         What the weight does.
     w, b : Tensor
-        Weight and bias (None: no bias).
+        Weight and bias (None: no bias, or one that the rules leave out).
+    offset : Tensor, optional
+        A bias that the rules leave out though the outputs have it.
     shape : sequence of int
         The shape of its input.
     nonnegative : bool
         Whether its input is known to have no negative entry.
+    rectified : bool
+        Whether its outputs are known only where they are positive (below that they are 0), and have no
+        relevance elsewhere: a ReLU follows.
+    epsilon : float
+        The stabiliser of denominators where the rule has none of its own.
     """
 
     map: LinearMap
@@ -133,14 +228,35 @@ class Layer:
     b: Tensor | None
     shape: Sequence[int]
     nonnegative: bool = False
+    rectified: bool = False
+    epsilon: float = 1e-6
+    offset: Tensor | None = None
 
     def __call__(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """Return ``w·a + b`` for another weight and bias."""
         return self.map.forward(a, w, b)
 
     def T(self, s: Tensor, w: Tensor) -> Tensor:  # noqa: N802
-        """Return ``wᵀ·s``, one value for each input."""
-        return self.map.transpose(s, w, (s.shape[0], *self.shape[1:]))
+        """Return ``wᵀ·s``, one value for each target and input: (T, N, ...), as `s`."""
+        batch = fold(s)
+        return unfold(self.map.transpose(batch, w, (batch.shape[0], *self.shape[1:])), s.shape[0])
+
+    def with_bias(self, b: Tensor | None, epsilon: float) -> Tensor:
+        """Return a bias with `epsilon` added to every entry."""
+        if b is None:
+            return torch.full((self.map.n_outputs(self.w),), epsilon, dtype=self.w.dtype, device=self.w.device)
+        return b + epsilon
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        """Return the layer with its weight and bias in a dtype."""
+        if self.w.dtype == dtype:
+            return self
+        b, offset = (None if t is None else t.to(dtype) for t in (self.b, self.offset))
+        return replace(self, w=self.w.to(dtype), b=b, offset=offset)
+
+    def without_bias(self) -> Layer:
+        """Return the layer whose bias the rules leave out."""
+        return replace(self, b=None, offset=self.b)
 
 
 @dataclass(frozen=True)
@@ -153,13 +269,11 @@ class BatchNorm:
     bias: Tensor | None
     eps: float
 
-    def merge(self, layer: Layer) -> Layer:
-        """Return the one affine layer that is `layer` followed by this normalisation."""
+    def merge(self, map: LinearMap, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the one affine layer that is a layer followed by this normalisation."""
         scale = torch.rsqrt(self.var + self.eps)
         if self.weight is not None:
             scale = scale * self.weight
-        shift = -self.mean if layer.b is None else layer.b - self.mean
+        shift = -self.mean if b is None else b - self.mean
         bias = shift * scale if self.bias is None else shift * scale + self.bias
-        dtype = layer.w.dtype
-        weight = layer.map.scale_outputs(layer.w, scale.to(dtype))
-        return replace(layer, w=weight, b=bias.to(dtype))
+        return map.scale_outputs(w, scale.to(w.dtype)), bias.to(w.dtype)

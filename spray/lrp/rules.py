@@ -31,6 +31,7 @@ from torch import Tensor
 
 from spray.errors import UserError
 from spray.lrp.layers import Layer
+from spray.lrp.tape import fold, unfold
 from spray.registry import Registry
 
 Bound = float | Sequence[float] | Tensor
@@ -50,11 +51,29 @@ def divide(R: Tensor, z: Tensor, epsilon: float | None = None) -> Tensor:
         quotient is 0 where z is 0.
     """
     if epsilon is None:
-        machine = torch.finfo(z.dtype).eps
-        epsilon = machine if machine > 1e-4 else 1e-6
+        epsilon = default_stabilizer(z.dtype)
     if epsilon == 0:
         return torch.where(z == 0, torch.zeros_like(R), R / z)
-    return R / torch.where(z < 0, z - epsilon, z + epsilon)
+    sign = torch.where(z < 0, z.new_tensor(-epsilon), z.new_tensor(epsilon))
+    return overwrite(R, sign.add_(z))
+
+
+def default_stabilizer(dtype: torch.dtype) -> float:
+    """Return the stabiliser that fits the precision of a dtype."""
+    machine = torch.finfo(dtype).eps
+    return machine if machine > 1e-4 else 1e-6
+
+
+def overwrite(R: Tensor, z: Tensor) -> Tensor:
+    """Return ``R / z``, (T, N, ...) / (N, ...), in the memory of `z` where that is possible."""
+    if R.shape == (1, *z.shape) and R.dtype == z.dtype:
+        return torch.div(R[0], z, out=z)[None]
+    return (R / z).to(R.dtype)
+
+
+def weigh(c: Tensor, a: Tensor) -> Tensor:
+    """Return ``a · c`` in the memory of `c`, (T, N, ...), which nothing else holds."""
+    return c.mul_(a)
 
 
 def plus(t: Tensor) -> Tensor:
@@ -68,10 +87,14 @@ def minus(t: Tensor) -> Tensor:
 
 
 class Rule:
-    """How an affine layer hands the relevance of its outputs to its inputs."""
+    """How an affine layer hands the relevance of its outputs to its inputs.
+
+    `proportional` says that inputs which are zero never get relevance.
+    """
 
     uses_input: ClassVar[bool] = True
     uses_output: ClassVar[bool] = True
+    proportional: ClassVar[bool] = True
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """Return the relevance of the inputs `a`.
@@ -83,9 +106,9 @@ class Rule:
         a : Tensor
             Its inputs (only if `uses_input`).
         z : Tensor
-            Its outputs (only if `uses_output`).
-        R : Tensor
-            The relevance of its outputs.
+            Its outputs (only if `uses_output`); if ``f.rectified``, with the negative ones set to zero.
+        R : Tensor, shape (T, ...)
+            The relevance of its outputs for T targets.
         """
         raise NotImplementedError
 
@@ -100,7 +123,7 @@ class Zero(Rule):
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
-        return a * f.T(divide(R, z, 0), f.w)
+        return weigh(f.T(divide(R, without_bias(f, z), 0), f.w), a)
 
 
 @RULES.register("epsilon")
@@ -112,7 +135,10 @@ class Epsilon(Rule):
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
-        return a * f.T(divide(R, z, self.epsilon), f.w)
+        epsilon = f.epsilon if self.epsilon is None else self.epsilon
+        z = without_bias(f, z)
+        s = overwrite(R, z + epsilon) if f.rectified and epsilon and f.offset is None else divide(R, z, epsilon)
+        return weigh(f.T(s, f.w), a)
 
 
 @RULES.register("gamma")
@@ -127,13 +153,23 @@ class Gamma(Rule):
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
-        w_plus, w_minus = plus(f.w), minus(f.w)
+        w_plus = plus(f.w)
+        w_up = torch.add(f.w, w_plus, alpha=self.gamma)
+        if f.nonnegative and f.rectified and f.offset is None:
+            # Only outputs z > 0 have relevance; there z + γP > 0, elsewhere the quotient is 0.
+            b = None if f.b is None else f.b + self.gamma * plus(f.b)
+            D = f(a, w_up, f.with_bias(b, f.epsilon)).clamp_(min=f.epsilon)
+            return weigh(f.T(overwrite(R, D), w_up), a)
         P = positive_part(f, a)
+        z = without_bias(f, z)
         # z = P + N; N = z − P can't cancel where it is used, since there z < 0 ≤ P.
-        s = divide(R, torch.where(z > 0, z + self.gamma * P, z + self.gamma * (z - P)))
+        D = torch.where(z > 0, P, torch.where(z < 0, z - P, 0)).mul_(self.gamma).add_(z)
+        s = divide(R, D, f.epsilon)
         s_plus, s_minus = s * (z > 0), s * (z < 0)
+        w_minus = minus(f.w)
         if f.nonnegative:
-            return a * (f.T(s_plus, f.w + self.gamma * w_plus) + f.T(s_minus, f.w + self.gamma * w_minus))
+            w_down = torch.add(f.w, w_minus, alpha=self.gamma)
+            return weigh(f.T(s_plus, w_up).add_(f.T(s_minus, w_down)), a)
         with_positive = f.T(s_plus, w_plus) + f.T(s_minus, w_minus)
         with_negative = f.T(s_plus, w_minus) + f.T(s_minus, w_plus)
         favoured = plus(a) * with_positive + minus(a) * with_negative
@@ -155,11 +191,12 @@ class AlphaBeta(Rule):
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
-        R_plus = share(f, a, plus(f.w), minus(f.w), divide(R, positive_part(f, a)))
+        s = overwrite(R, positive_part(f, a, f.epsilon))
+        R_plus = share(f, a, plus(f.w), minus(f.w), s).mul_(self.alpha)
         if self.beta == 0:
-            return self.alpha * R_plus
-        R_minus = share(f, a, minus(f.w), plus(f.w), divide(R, negative_part(f, a)))
-        return self.alpha * R_plus - self.beta * R_minus
+            return R_plus
+        s = overwrite(R, negative_part(f, a, -f.epsilon))
+        return R_plus.sub_(share(f, a, minus(f.w), plus(f.w), s), alpha=self.beta)
 
 
 @RULES.register("z_plus")
@@ -174,7 +211,7 @@ class ZPlus(Rule):
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
-        return share(f, a, plus(f.w), minus(f.w), divide(R, positive_part(f, a)))
+        return share(f, a, plus(f.w), minus(f.w), overwrite(R, positive_part(f, a, f.epsilon)))
 
 
 @RULES.register("flat")
@@ -184,10 +221,12 @@ class Flat(Rule):
 
     uses_input: ClassVar[bool] = False
     uses_output: ClassVar[bool] = False
+    proportional: ClassVar[bool] = False
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
-        return spread(f, torch.ones_like(f.w), R)
+        even = f.map.spread(fold(R), f.shape, f.w)
+        return spread(f, torch.ones_like(f.w), R) if even is None else unfold(even, R.shape[0])
 
 
 @RULES.register("w_square")
@@ -197,6 +236,7 @@ class WSquare(Rule):
 
     uses_input: ClassVar[bool] = False
     uses_output: ClassVar[bool] = False
+    proportional: ClassVar[bool] = False
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
@@ -217,14 +257,15 @@ class ZBox(Rule):
 
     low: Bound
     high: Bound
+    proportional: ClassVar[bool] = False
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
         low, high = bound(self.low, a), bound(self.high, a)
         w_plus, w_minus = plus(f.w), minus(f.w)
-        b_plus, b_minus = (None, None) if f.b is None else (plus(f.b), minus(f.b))
-        s = divide(R, z - f(low, w_plus, b_plus) - f(high, w_minus, b_minus))
-        return a * f.T(s, f.w) - low * f.T(s, w_plus) - high * f.T(s, w_minus)
+        # The bounds' part is the same for all samples, and the bias is in both: it cancels.
+        s = divide(R, without_bias(f, z) - f(low, w_plus, f.b) - f(high, w_minus), f.epsilon)
+        return weigh(f.T(s, f.w), a).sub_(low * f.T(s, w_plus)).sub_(high * f.T(s, w_minus))
 
     def check(self, a: Tensor, name: str) -> None:
         """Raise a UserError if `a` isn't within the bounds."""
@@ -238,33 +279,41 @@ class ZBox(Rule):
             )
 
 
-def positive_part(f: Layer, a: Tensor) -> Tensor:
-    """Return Σ_0,j (a_j w_jk)⁺."""
+def positive_part(f: Layer, a: Tensor, epsilon: float = 0) -> Tensor:
+    """Return Σ_0,j (a_j w_jk)⁺ + ε; ε rides on the bias, so it costs nothing."""
     b = None if f.b is None else plus(f.b)
-    if f.nonnegative:
-        return f(a, plus(f.w), b)
-    return f(plus(a), plus(f.w), b) + f(minus(a), minus(f.w))
+    b = f.with_bias(b, epsilon) if epsilon else b
+    P = f(a, plus(f.w), b) if f.nonnegative else f(plus(a), plus(f.w), b).add_(f(minus(a), minus(f.w)))
+    # Where a device computes convolutions through transforms, rounding may leave the half line.
+    return P if P.device.type == "cpu" else P.clamp_(min=epsilon)
 
 
-def negative_part(f: Layer, a: Tensor) -> Tensor:
-    """Return Σ_0,j (a_j w_jk)⁻."""
+def negative_part(f: Layer, a: Tensor, epsilon: float = 0) -> Tensor:
+    """Return Σ_0,j (a_j w_jk)⁻ + ε, for an ε of zero or below."""
     b = None if f.b is None else minus(f.b)
-    if f.nonnegative:
-        return f(a, minus(f.w), b)
-    return f(plus(a), minus(f.w), b) + f(minus(a), plus(f.w))
+    b = f.with_bias(b, epsilon) if epsilon else b
+    N = f(a, minus(f.w), b) if f.nonnegative else f(plus(a), minus(f.w), b).add_(f(minus(a), plus(f.w)))
+    return N if N.device.type == "cpu" else N.clamp_(max=epsilon)
+
+
+def without_bias(f: Layer, z: Tensor) -> Tensor:
+    """Return ``w·a``, given ``z = w·a + b`` (where the layer has relevance, if it is rectified)."""
+    if f.offset is None:
+        return z
+    return z - (f.offset.view(-1, *[1] * (z.dim() - 2)) if f.map.kind == "convolution" else f.offset)
 
 
 def share(f: Layer, a: Tensor, w: Tensor, w_negative: Tensor, s: Tensor) -> Tensor:
     """Return a_j⁺ Σ_k w_jk s_k + a_j⁻ Σ_k w_negative_jk s_k."""
     if f.nonnegative:
-        return a * f.T(s, w)
-    return plus(a) * f.T(s, w) + minus(a) * f.T(s, w_negative)
+        return weigh(f.T(s, w), a)
+    return weigh(f.T(s, w), plus(a)).add_(weigh(f.T(s, w_negative), minus(a)))
 
 
 def spread(f: Layer, w: Tensor, R: Tensor) -> Tensor:
     """Return Σ_k w_jk / Σ_j w_jk · R_k, whatever the inputs are."""
     z = f(torch.ones((1, *f.shape[1:]), dtype=R.dtype, device=R.device), w)
-    return f.T(divide(R, z.expand_as(R), 0), w)
+    return f.T(torch.where(z == 0, 0, R / z), w)
 
 
 def bound(value: Bound, a: Tensor) -> Tensor:

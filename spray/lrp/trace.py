@@ -1,8 +1,11 @@
-"""Runs a model's own forward pass so that its autograd graph computes relevance.
+"""Runs a model's own forward pass and records on a tape how relevance will flow back.
 
-A `Trace` is a torch-function mode. Every tensor that carries relevance has a `Record`; a torch function
-that is called with such a tensor goes to the handler of its name in `spray.lrp.operations`, which builds the
-graph node whose backward is the LRP rule. The model itself is never changed.
+A `Trace` is a torch-function mode. Every tensor that carries relevance has a `Record`; a torch function that is
+called with such a tensor goes to the handler of its name, which computes its result and appends the node of
+its rule to the tape. The model itself is never changed.
+
+Results are leaves that require gradients though no graph is kept: an operation that the trace doesn't see
+gives a tensor with an autograd node but no record, which is how it is noticed.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spray.errors import UserError
 from spray.lrp.composites import Composite
-from spray.lrp.layers import Layer, LinearMap
+from spray.lrp.rules import default_stabilizer
+from spray.lrp.tape import Slot, Tape
 
 Handler = Callable[["Trace", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -29,7 +33,16 @@ INPLACE_OPERATORS = {
     "__imul__": "mul",
     "__itruediv__": "div",
     "__idiv__": "div",
+    "__ipow__": "pow",
+    "__iand__": "logical_and",
+    "__ior__": "logical_or",
 }
+
+# What a model may ask of a tensor without its values.
+METADATA = frozenset(
+    "size shape dim ndim ndimension numel nelement __len__ dtype device layout requires_grad is_cuda is_cpu "
+    "is_floating_point is_complex is_sparse is_quantized is_mkldnn element_size names".split()
+)
 
 
 @dataclass
@@ -39,43 +52,48 @@ class Memory:
     version: int = 0
 
 
-@dataclass
-class AffineCall:
-    """The affine layer that made a tensor, and the input it had."""
+class Deferred(Protocol):
+    """An operation that waits for what follows, with which it may be computed in one."""
 
-    input: Tensor
-    map: LinearMap
-    layer: Callable[[], Layer]
-    name: str
-    first: bool
+    def compute(self, trace: Trace, slot: Slot, rectify: bool = False) -> Tensor:
+        """Return its result, after a ReLU if `rectify`; its node has been appended to the tape."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
     """What the trace knows of a tensor that carries relevance.
 
     Attributes
     ----------
-    node : object
-        Its autograd node; another one later means that an operation was hidden from the trace.
+    slot : Slot
+        Where its relevance gathers.
     nonnegative : bool
         Whether it can't hold a negative value.
     gate : int
-        How much it looks like a gate: 2 after a sigmoid, 1 after another bounded function, else 0.
+        How much it looks like a gate: 2 after a sigmoid or a statistic, 1 after another bounded function, else 0.
     after_affine : bool
         Whether an affine layer lies between the model's input and it.
-    affine : AffineCall or None
-        The affine layer whose direct output it is.
+    contiguous : bool
+        Whether it would be contiguous in the model alone, which may be run in another memory format here.
+    deferred : Deferred or None
+        The operation whose result it is, even if that has been computed.
+    waiting : bool
+        Whether that result isn't there yet: the tensor is only a placeholder of its shape.
     alias : Tensor or None
-        The tensor that took its place in an in-place operation.
+        The tensor that took its place, in an in-place operation or when a deferred one was computed.
+    reduced : Tensor or None
+        Its values in the dtype of the relevance, once they were asked for.
     """
 
-    node: object
+    slot: Slot = field(default_factory=Slot)
     nonnegative: bool = False
     gate: int = 0
     after_affine: bool = False
-    affine: AffineCall | None = None
+    contiguous: bool = True
+    deferred: Deferred | None = None
+    waiting: bool = False
     alias: Tensor | None = None
+    reduced: Tensor | None = None
     memory: Memory = field(default_factory=Memory)
     version: int = 0
 
@@ -83,6 +101,18 @@ class Record:
 def record_of(t: Tensor) -> Record | None:
     """Return the record of a tensor, None if it carries no relevance."""
     return t.__dict__.get("_spray_record")
+
+
+def known(t: Tensor) -> Record:
+    """Return the record of a tensor that has one."""
+    record = record_of(t)
+    assert record is not None
+    return record
+
+
+def carriers(*trees: Any) -> list[Tensor]:
+    """Return the tensors among arguments that carry relevance."""
+    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor) and record_of(leaf)]
 
 
 class Trace(TorchFunctionMode):
@@ -96,12 +126,30 @@ class Trace(TorchFunctionMode):
         Which rule a layer gets.
     handlers : mapping of str to handler
         What to do for a torch function, by its name.
+    lazy : set of str
+        The functions whose handlers take placeholders.
+    relevance_dtype : torch.dtype, optional
+        The dtype in which relevance is propagated; None is that of each layer's output.
+    fallback : handler, optional
+        What to do for a function that has no handler; None is an error.
     """
 
-    def __init__(self, model: nn.Module, composite: Composite, handlers: Mapping[str, Handler]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite,
+        handlers: Mapping[str, Handler],
+        lazy: frozenset[str] = frozenset(),
+        relevance_dtype: torch.dtype | None = None,
+        fallback: Handler | None = None,
+    ) -> None:
         super().__init__()
         self.composite = composite
         self.handlers = handlers
+        self.lazy = lazy
+        self.relevance_dtype = relevance_dtype
+        self.fallback = fallback
+        self.tape = Tape()
         self.modules = {id(module): name for name, module in model.named_modules()}
         self.layers = {
             id(parameter): name
@@ -109,21 +157,26 @@ class Trace(TorchFunctionMode):
             for parameter in module.parameters(recurse=False)
         }
 
-    def mark(self, t: Tensor, parents: Sequence[Tensor] = (), **known: Any) -> Tensor:
-        """Give a tensor its record; by default it inherits `after_affine` alone from its parents."""
+    def mark(self, t: Tensor, parents: Sequence[Tensor] = (), shares: bool = False, **known_of_it: Any) -> Tensor:
+        """Give a tensor its record; by default it inherits `after_affine` alone from its parents.
+
+        With `shares`, it stands for the same memory as its one parent, even if it had to be copied.
+        """
         records = [record for parent in parents if (record := record_of(parent))]
-        record = Record(t.grad_fn, after_affine=any(r.after_affine for r in records))
-        for key, value in known.items():
+        record = Record(after_affine=any(r.after_affine for r in records))
+        for key, value in known_of_it.items():
             setattr(record, key, value)
         address = t.untyped_storage().data_ptr()  # 0 for a tensor without elements
         for parent, of_parent in zip(parents, records, strict=True):
-            if address and parent.untyped_storage().data_ptr() == address:
+            if shares or (address and parent.untyped_storage().data_ptr() == address):
                 record.memory, record.version = of_parent.memory, of_parent.memory.version
         t.__dict__["_spray_record"] = record
-        return t
+        return t.requires_grad_() if t.is_floating_point() else t
 
-    def current(self, t: Tensor) -> Tensor:
+    def current(self, t: Tensor, values: bool = True) -> Tensor:
         """Return the tensor that holds what the model sees as `t` now.
+
+        With ``values=False`` it may be a placeholder.
 
         Raises
         ------
@@ -134,23 +187,49 @@ class Trace(TorchFunctionMode):
         while record is not None and record.alias is not None:
             t = record.alias
             record = record_of(t)
-        hidden = t.requires_grad and t.grad_fn is not (record.node if record else None)
-        if hidden:
-            hidden_in = "a custom autograd function, a checkpointed or a TorchScript part"
-            self.fail(f"{hidden_in} ({type(t.grad_fn).__name__})", "can't see into")
-        if record is not None and record.version != record.memory.version:
+        if record is None:
+            if t.requires_grad and t.grad_fn is not None:
+                hidden_in = "a custom autograd function, a checkpointed or a TorchScript part"
+                self.fail(f"{hidden_in} ({type(t.grad_fn).__name__})", "can't see into")
+            return t
+        if record.version != record.memory.version:
             self.fail("a tensor that was changed in place through one of its views", "can't follow")
+        if record.waiting and values:
+            assert record.deferred is not None
+            record.waiting = False
+            record.alias = t = record.deferred.compute(self, record.slot)
         return t
 
-    def fail(self, what: str, problem: str = "has no rule for") -> None:
+    def keep(self, t: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Return a tensor's values for the way back, in a dtype (None: its own)."""
+        if dtype is None or t.dtype == dtype:
+            return t.detach()
+        record = record_of(t)
+        if record is None:
+            return t.detach().to(dtype)
+        if record.reduced is None or record.reduced.dtype != dtype:
+            record.reduced = t.detach().to(dtype)
+        return record.reduced
+
+    def epsilon(self, dtype: torch.dtype) -> float:
+        """Return the stabiliser where relevance is divided by contribution."""
+        stabilizer = self.composite.stabilizer
+        return default_stabilizer(dtype) if stabilizer is None else stabilizer
+
+    def fail(self, what: str, problem: str = "has no rule for", place: str | None = None) -> NoReturn:
         """Raise the error that says that LRP has a `problem` with `what`, and in which module that is."""
+        raise UserError(
+            f"LRP {problem} {what}{self.place() if place is None else place}; replace it in the model or use method='gradient_x_input'"
+        )
+
+    def place(self) -> str:
+        """Return the module whose forward is running, for a message."""
         module = next(self._active_modules(), None)
-        place = f" (in module {module!r})" if module else ""
-        raise UserError(f"LRP {problem} {what}{place}; replace it in the model or use method='gradient_x_input'")
+        return f" (in module {module!r})" if module else ""
 
     def layer_name(self, weight: Tensor) -> str:
-        """Return the name of the module that owns a weight, '' if none does."""
-        return self.layers.get(id(weight), "")
+        """Return the name of the module that owns a weight, else of the one that is running."""
+        return self.layers.get(id(weight)) or next(self._active_modules(), "")
 
     def __torch_function__(
         self,
@@ -160,16 +239,18 @@ class Trace(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given, given_kwargs = args, kwargs or {}
-        args, kwargs = tree_map_only(Tensor, self.current, (given, given_kwargs))
-        if not any(isinstance(leaf, Tensor) and record_of(leaf) for leaf in tree_leaves((args, kwargs))):
+        name = name_of(func)
+        in_place = name in INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+        base = (INPLACE_OPERATORS.get(name) or name[:-1]) if in_place else name
+        values = base not in self.lazy and base not in METADATA
+        args, kwargs = tree_map_only(Tensor, lambda t: self.current(t, values), (given, given_kwargs))
+        if not carriers(args, kwargs):
             with torch.no_grad():
                 return func(*args, **kwargs)
         # Relevance flows even through what the model computes under no_grad or inference_mode.
-        with torch.inference_mode(False), torch.enable_grad():
-            name = name_of(func)
-            target = given[0] if given else None
-            if name in INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")):
-                return self._in_place(name, target, args, kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            if in_place:
+                return self._in_place(name, base, given[0] if given else None, args, kwargs)
             return self._call(name, func, args, kwargs)
 
     def _call(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,16 +259,20 @@ class Trace(TorchFunctionMode):
         handler = self.handlers.get(name)
         if handler is not None:
             return handler(self, func, args, kwargs)
+        if name in METADATA:
+            return func(*args, **kwargs)
         if name == "__setitem__":
             self.fail("assigning to a part of a tensor", "can't follow")
-        result = func(*args, **kwargs)
+        with torch.enable_grad():
+            result = func(*args, **kwargs)
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
+            if self.fallback is not None:
+                return self.fallback(self, func, args, kwargs)
             self.fail(name)
-        return result  # a shape, an index, a comparison: nothing that relevance flows through
+        return result  # an index, a comparison, a detached tensor: nothing that relevance flows through
 
-    def _in_place(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _in_place(self, name: str, base: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute out of place, and let the result take the place of the target from now on."""
-        base = INPLACE_OPERATORS.get(name, name[:-1])
         if base in ("requires_grad", "retain_grad"):
             return target
         if base not in self.handlers and base != "detach":
