@@ -68,6 +68,9 @@ def make_model(name: str, size: int) -> nn.Module:
             nn.init.uniform_(module.get_buffer("running_var"), 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.3, 0.3)
+        elif isinstance(module, nn.Conv2d) and module.groups > 1:
+            # torchvision's fan_out takes a depthwise convolution for a full one: gradients would be 1e-14
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
     if name.startswith("vit"):  # torchvision starts the head with zeros, which would make every gradient zero
         nn.init.normal_(model.heads.head.weight, std=0.05)  # type: ignore[union-attr, arg-type]
     return model.eval().requires_grad_(False)

@@ -70,6 +70,8 @@ def test_difference() -> None:
     b = torch.tensor([[[3.0, 4.0]], [[0.5, 0.5]]])
     assert bench_lrp.difference(a, a) == pytest.approx({"cosine": 1.0, "max_relative": 0.0})
     assert bench_lrp.difference(a, b) == pytest.approx({"cosine": 0.5**0.5, "max_relative": 1.0})
+    assert bench_lrp.difference(a * 1e-20, b * 1e-20) == pytest.approx({"cosine": 0.5**0.5, "max_relative": 1.0})
+    assert bench_lrp.difference(a * 0, a) == {"cosine": 0.0, "max_relative": 1.0}
 
 
 def test_suspicion() -> None:
