@@ -86,7 +86,7 @@ class AffineCall:
 
     def _back(self, trace: Trace, slot: Slot, z: Tensor, rectify: bool) -> Callable[..., Any]:
         rule, last, dtype = self.rule, trace.composite.last_rule(self.name), self.dtype or z.dtype
-        a = self.kept if rule.uses_input or last else None
+        a = self.kept if rule.uses_input or rule.uses_output or last else None
         out = trace.keep(z, self.dtype) if rule.uses_output or last else None
         shape, nonnegative, ignores_bias = self.a.shape, self.nonnegative, trace.composite.zero_bias
         epsilon = default_stabilizer(z.dtype)
@@ -101,6 +101,7 @@ class AffineCall:
             inputs = None if a is None else a.to(dtype)
             outputs = None if out is None else out.to(dtype)
             if rectify and slot.loose and chosen.uses_output:
+                assert inputs is not None
                 outputs = layer(inputs, layer.w, layer.b)
             layer = layer.without_bias() if ignores_bias else layer
             return (chosen(layer, inputs, outputs, R.to(dtype)),)  # type: ignore[arg-type]
@@ -203,11 +204,6 @@ def transposed_convolution(trace: Trace, func: Call, args: Any, kwargs: Any) -> 
     return affine(trace, a, map, weight, bias, func(*args, **kwargs) if eager(a) else None)
 
 
-def product_with_constant(trace: Trace, func: Callable[[Tensor, Tensor], Tensor], a: Tensor, weight: Tensor) -> Tensor:
-    """Return ``func(a, weight)``, linear in `a`, as an affine layer."""
-    return affine(trace, a, Product(func), weight, None, func(a, weight))
-
-
 def batched(trace: Trace, a: Tensor, dims: int) -> None:
     """Refuse a convolution's input without the dimension of the samples."""
     if a.dim() != dims + 2:
@@ -266,7 +262,7 @@ def relu(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle the ReLU: with the operation before it, if that waits; else as any activation."""
     a = args[0] if args else kwargs["input"]
     inplace = bool(kwargs.get("inplace", args[1] if len(args) > 1 else False))
-    record: Record = known(a)
+    record = known(a)
     if record.waiting and record.deferred is not None:
         z = record.deferred.compute(trace, Slot(taps=list(record.slot.taps)), rectify=True)
     else:

@@ -45,6 +45,9 @@ class Composite:
     addition : {"norm", "equal", "magnitude"}
         How relevance is split where two signals are added, as in residual connections: in proportion to the
         summands (the norm rule), in halves, or in proportion to the summands' absolute values.
+    normalization : {"norm", "pass"}
+        How relevance gets through layer, group, instance and root-mean-square norms: divided by contribution
+        with the deviation taken as constant, or as it is.
     zero_bias : bool
         Whether the rules leave biases out, so that they get no share of the relevance.
     stabilizer : float, optional
@@ -56,6 +59,7 @@ class Composite:
     first: Rule | None = None
     last: Rule | None = None
     addition: str = "norm"
+    normalization: str = "norm"
     zero_bias: bool = False
     names: Mapping[str, Rule] = field(default_factory=dict)
     stabilizer: float | None = None

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from spray.errors import UserError
 from spray.lrp import affine as affine  # registers its handlers, as the next ones do
+from spray.lrp import attention as attention
+from spray.lrp import norms as norms
 from spray.lrp import operations as operations
 from spray.lrp.composites import Composite
 from spray.lrp.handlers import HANDLERS, LAZY
@@ -55,9 +57,8 @@ def propagate(
     a = x.detach().contiguous(memory_format=torch.channels_last) if channels_last else x.detach()
     source = Slot()
     trace.mark(a := a.view_as(a), slot=source)
-    with torch.enable_grad():
-        with trace:
-            output = model(a)
+    with torch.enable_grad(), trace:
+        output = model(a)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if isinstance(output, Tensor):
             output = trace.current(output)

@@ -238,8 +238,13 @@ class Layer:
 
     def T(self, s: Tensor, w: Tensor) -> Tensor:  # noqa: N802
         """Return ``wᵀ·s``, one value for each target and input: (T, N, ...), as `s`."""
-        batch = fold(s)
-        return unfold(self.map.transpose(batch, w, (batch.shape[0], *self.shape[1:])), s.shape[0])
+        match self.map:
+            case FullyConnected():
+                return s @ w
+            case Convolution():
+                batch = fold(s)
+                return unfold(self.map.transpose(batch, w, (batch.shape[0], *self.shape[1:])), s.shape[0])
+        return torch.stack([self.map.transpose(one, w, self.shape) for one in s])
 
     def with_bias(self, b: Tensor | None, epsilon: float) -> Tensor:
         """Return a bias with `epsilon` added to every entry."""

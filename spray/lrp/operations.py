@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from spray.lrp.handlers import Call, handles, leaf_of, placeholder, sum_to, without_inplace
 from spray.lrp.rules import divide, overwrite, weigh
 from spray.lrp.tape import Node, Slot, vjp
-from spray.lrp.trace import Trace, carriers, known, record_of
+from spray.lrp.trace import Trace, carriers, known, names, record_of
 
 # Sums
 
-SAME_SIGN = frozenset(
-    "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d".split()
+SAME_SIGN = names(
+    "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
 )
 
 
@@ -140,9 +140,9 @@ MAXIMA = (
     "adaptive_max_pool3d_with_indices max amax maximum min amin minimum sort topk"
 )
 # The first always, the next if they can, see the memory of their argument.
-VIEWS = frozenset("view view_as".split())
-VIEWS_IF_CONTIGUOUS = frozenset("reshape reshape_as flatten unflatten ravel".split())
-KEEP_CONTIGUOUS = VIEWS | VIEWS_IF_CONTIGUOUS | frozenset("squeeze unsqueeze contiguous clone cat stack".split())
+VIEWS = names("view view_as")
+VIEWS_IF_CONTIGUOUS = names("reshape reshape_as flatten unflatten ravel")
+KEEP_CONTIGUOUS = VIEWS | VIEWS_IF_CONTIGUOUS | names("squeeze unsqueeze contiguous clone cat stack")
 
 
 @handles(f"{SHAPES} {PARTS} {COPIES} {MAXIMA}")
@@ -210,12 +210,12 @@ def move_indices(trace: Trace, func: Call, parents: list[Tensor], args: Any, kwa
 
 # Elementwise operations
 
-SIGMOIDS = frozenset("sigmoid hardsigmoid".split())
-BOUNDED = frozenset("tanh hardtanh relu6 softsign".split())
-NONNEGATIVE = SIGMOIDS | frozenset("relu relu6 softplus abs".split())
-ZERO_AT_ZERO = frozenset(
+SIGMOIDS = names("sigmoid hardsigmoid")
+BOUNDED = names("tanh hardtanh relu6 softsign")
+NONNEGATIVE = SIGMOIDS | names("relu relu6 softplus abs")
+ZERO_AT_ZERO = names(
     "tanh hardtanh relu6 softsign relu abs leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish "
-    "hardshrink softshrink tanhshrink neg negative positive".split()
+    "hardshrink softshrink tanhshrink neg negative positive"
 )
 OTHERS = "softplus logsigmoid log_sigmoid threshold _threshold clamp clip clamp_min clamp_max"
 
@@ -332,7 +332,7 @@ def scaled(trace: Trace, func: Call, signal: Tensor, gate: Any) -> Tensor:
 def statistic(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
     """Handle a function that no rule divides relevance for: its results can be gates, but not signals."""
     parents = carriers(args, kwargs)
-    result = tree_map_only(Tensor, lambda t: t, func(*args, **kwargs))
+    result = func(*args, **kwargs)
     what, place = func.__name__, trace.place()
 
     def back(arrived: Sequence[Tensor | None]) -> Sequence[None]:
@@ -340,11 +340,9 @@ def statistic(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
             trace.fail(what, place=place)
         return [None] * len(parents)
 
-    if name_is_mean_and_variance(what):
-        variance, mean = result
-        return statistic_output(trace, variance, parents, back), by_contribution(
-            trace, torch.mean, *mean_of(args, kwargs)
-        )
+    if what in ("var_mean", "std_mean"):
+        mean = by_contribution(trace, torch.mean, *mean_of(args, kwargs))
+        return statistic_output(trace, result[0], parents, back), mean
     return tree_map_only(Tensor, lambda t: statistic_output(trace, t, parents, back), result)
 
 
@@ -355,11 +353,6 @@ def statistic_output(trace: Trace, t: Tensor, parents: list[Tensor], back: Calla
     z = trace.mark(t.detach(), parents, gate=2)
     trace.tape.append(Node(tuple(known(p).slot for p in parents), (known(z).slot,), back))
     return z
-
-
-def name_is_mean_and_variance(name: str) -> bool:
-    """Return whether a function returns a variance or deviation together with the mean."""
-    return name in ("var_mean", "std_mean")
 
 
 def mean_of(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -27,6 +27,12 @@ from spray.lrp.tape import Slot, Tape
 
 Handler = Callable[["Trace", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
+
+def names(text: str) -> frozenset[str]:
+    """Return the names in a text."""
+    return frozenset(text.split())
+
+
 INPLACE_OPERATORS = {
     "__iadd__": "add",
     "__isub__": "sub",
@@ -39,9 +45,9 @@ INPLACE_OPERATORS = {
 }
 
 # What a model may ask of a tensor without its values.
-METADATA = frozenset(
-    "size shape dim ndim ndimension numel nelement __len__ dtype device layout requires_grad is_cuda is_cpu "
-    "is_floating_point is_complex is_sparse is_quantized is_mkldnn element_size names".split()
+METADATA = names(
+    "size shape dim ndim ndimension numel nelement __len__ dtype device layout requires_grad is_cuda "
+    "is_cpu is_floating_point is_complex is_sparse is_quantized is_mkldnn element_size names"
 )
 
 
@@ -218,9 +224,8 @@ class Trace(TorchFunctionMode):
 
     def fail(self, what: str, problem: str = "has no rule for", place: str | None = None) -> NoReturn:
         """Raise the error that says that LRP has a `problem` with `what`, and in which module that is."""
-        raise UserError(
-            f"LRP {problem} {what}{self.place() if place is None else place}; replace it in the model or use method='gradient_x_input'"
-        )
+        where = self.place() if place is None else place
+        raise UserError(f"LRP {problem} {what}{where}; replace it in the model or use method='gradient_x_input'")
 
     def place(self) -> str:
         """Return the module whose forward is running, for a message."""
