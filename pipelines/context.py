@@ -89,7 +89,7 @@ class Context:
         from spray.attribution import explain
 
         options = self.config.attribution
-        bounds = {}
+        bounds: dict[str, Any] = {}
         if options.method == "lrp" and options.composite in BOUNDED:
             black = torch.zeros(images.shape[1], 1, 1, device=images.device)
             bounds = {"low": self.normalizer(black), "high": self.normalizer(black + 1)}

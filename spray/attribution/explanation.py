@@ -20,11 +20,9 @@ def explain(
     x: Tensor,
     target: Target = None,
     method: str = "lrp",
-    composite: str | Mapping[str, Rule | str] = "epsilon_plus_flat",
-    *,
-    contrast: bool = False,
+    composite: str | Mapping[str, Rule | str | Mapping[str, Any]] = "epsilon_plus_flat",
     **options: Any,
-) -> Tensor:
+) -> Any:
     """Attribute a model's output for a class to the input.
 
     The model is left as it was: weights, hooks, gradients, mode, and the state of the random generators.
@@ -34,28 +32,32 @@ def explain(
     model : nn.Module
         An unmodified classifier in evaluation mode that maps `x` to logits of shape (N, classes).
     x : Tensor, shape (N, ...), floating point
-        The input, normalised as the model expects it.
+        The input, normalised as the model expects it. LRP takes the numbers of tokens as well.
     target : int, Tensor of int, list of int, or None
         The class to explain: one for all samples, one for each (a tensor (N,)), several for all (a list of T)
         or several for each (a tensor (N, T)). None is the predicted class.
     method : str
-        A name in `ATTRIBUTIONS`: "lrp" (layer-wise relevance propagation), "gradient" (of the target's
-        logit), "gradient_x_input".
+        A name in `ATTRIBUTIONS`: "lrp" (layer-wise relevance propagation), "gradient", "gradient_x_input",
+        "smooth_grad", "integrated_gradients", "grad_cam", "occlusion", "lime" or "shap".
     composite : str or mapping
-        For LRP: a name in `spray.lrp.COMPOSITES`, or a mapping from kinds of layers ("first", "convolution",
-        "linear") and module names or globs to rules (see `spray.lrp.rules`) or their names. Other methods
-        take no notice of it.
-    contrast : bool
-        Explain the target's logit minus the mean of the other classes' logits instead of the logit.
+        For LRP: a name in `spray.lrp.COMPOSITES`, or a mapping from kinds of layers and module names or globs to
+        rules (see `spray.lrp.composites.build_composite`). Other methods take no notice of it.
     **options
-        For LRP: `init`, "logit" (default; the relevance starts with the target's logit) or "one", and the
-        options of the composite: `epsilon`, `gamma`, and `low` and `high`, the bounds of the normalised input
-        (numbers, one per channel, or tensors that broadcast).
+        For all methods:
+
+        - `contrast` (bool): explain the target's logit minus the mean of the other classes' logits;
+        - `autocast` (torch.dtype): run the forward pass under autocast to this dtype.
+
+        For LRP (see `spray.attribution.relevance.lrp`): `init`, `layer`, `start`, `condition`,
+        `relevance_dtype`, `fallback`, and the options of the composite: `epsilon`, `gamma`, `zero_bias`,
+        `addition`, `normalization`, and `low` and `high`, the bounds of the normalised input (numbers, one per
+        channel, or tensors that broadcast). Of the other methods: see them in `spray.attribution`.
 
     Returns
     -------
     Tensor
-        The attribution: shape, dtype and device of `x`, detached; for several targets (N, T, ...).
+        The attribution: shape, dtype and device of `x`, detached; for several targets (N, T, ...). With a
+        ``layer=`` of LRP, relevance of the shape of that layer's output; of several layers a dict.
 
     Raises
     ------
@@ -64,37 +66,41 @@ def explain(
         rule for, or values that aren't finite.
     """
     attribute = ATTRIBUTIONS.get(method)
-    check_arguments(model, x)
+    check_arguments(model, x, integers=method == "lrp")
+    autocast = options.pop("autocast", None)
     if method == "lrp":
         options = {"composite": composite, **options}
     else:
+        if options.pop("contrast", False):
+            model = Contrast(model)
         refuse_options(options, attribute, method)
-    if contrast:
-        model = Contrast(model)
     devices = [x.device] if x.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
         torch.inference_mode(False),
-        torch.autocast(x.device.type, enabled=False),
+        torch.autocast(x.device.type, autocast, enabled=autocast is not None),
     ):
         sample = x.detach().clone() if x.is_inference() else x.detach()
         if several(target) and method != "lrp":
             R = torch.stack([attribute(model, sample, one, **options) for one in columns(target)], 1)
         else:
-            R = attribute(model, sample, target, **options).detach()
-    check_finite(R, "the attribution")
+            R = attribute(model, sample, target, **options)
+    for name, relevance in R.items() if isinstance(R, dict) else [("", R)]:
+        check_finite(relevance, f"the attribution at {name!r}" if name else "the attribution")
     return R
 
 
-def check_arguments(model: nn.Module, x: Tensor) -> None:
-    """Raise a UserError unless `model` is a module in evaluation mode and `x` a batch of floats."""
+def check_arguments(model: nn.Module, x: Tensor, integers: bool = False) -> None:
+    """Raise a UserError unless `model` is in evaluation mode and `x` a batch of floats, or with `integers` of tokens."""
     if not isinstance(model, nn.Module):
         raise UserError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     training = [name for name, module in model.named_modules() if module.training]
     if training:
         where = f"module {training[0]!r}" if training[0] else "the model"
         raise UserError(f"{where} is in training mode; call model.eval() before explain")
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+    embeds = integers and any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
+    tokens = embeds and isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or tokens) or x.dim() < 2:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"x must be a floating-point tensor of shape (N, ...), not {got}")
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch
 from torch import Tensor, nn
 
 from spray.attribution.registry import ATTRIBUTIONS
 from spray.attribution.target import Target, check_logits, class_indices, several
 from spray.errors import UserError
-from spray.lrp import Rule, build_composite, propagate
+from spray.lrp import Concept, Rule, build_composite, propagate_to
+
+Relevance = Tensor | dict[str, Tensor]
 
 
 @ATTRIBUTIONS.register("lrp")
@@ -21,19 +22,89 @@ def lrp(
     x: Tensor,
     target: Target,
     *,
-    composite: str | Mapping[str, Rule | str] = "epsilon_plus_flat",
+    composite: str | Mapping[str, Rule | str | Mapping[str, Any]] = "epsilon_plus_flat",
     init: str = "logit",
+    contrast: bool = False,
+    layer: str | Sequence[str] | None = None,
+    start: tuple[str, Concept] | None = None,
+    condition: Mapping[str, Concept] | None = None,
+    relevance_dtype: torch.dtype | str | None = None,
+    fallback: str = "error",
     **options: Any,
-) -> Tensor:
-    """Propagate relevance layer by layer (Bach et al. 2015; Montavon et al. 2019)."""
-    if init not in ("logit", "one"):
-        raise UserError(f"unknown init {init!r}; allowed: logit, one")
+) -> Relevance:
+    """Propagate relevance layer by layer (Bach et al. 2015; Montavon et al. 2019).
+
+    Parameters
+    ----------
+    model, x, target
+        As in `explain`.
+    composite : str or mapping
+        Which rule each layer gets.
+    init : {"logit", "one"}
+        Relevance starts with the target's logit, or with 1.
+    contrast : bool
+        Relevance starts with the target's logit and minus the mean of the others'.
+    layer : str or sequence of str, optional
+        The inner layer, or several, whose relevance is returned instead of the input's (see
+        `spray.lrp.concepts`). Of several a mapping is returned; "" is the input.
+    start : tuple of str and Concept, optional
+        The inner layer and the channels, direction or mask there that is explained instead of a class.
+    condition : mapping of str to Concept, optional
+        Inner layers with the channels, direction or mask through which alone relevance passes there.
+    relevance_dtype : torch.dtype or str, optional
+        "bfloat16" propagates relevance in half the memory and, where the processor has it, time; the forward pass
+        stays as it is.
+    fallback : {"error", "gradient"}
+        What happens at an operation that has no rule.
+    **options
+        Those of the composite.
+    """
+    check_choice("init", init, ("logit", "one"))
+    check_choice("fallback", fallback, ("error", "gradient"))
+    if start is not None and (target is not None or contrast):
+        raise UserError("start= explains an inner layer: leave target and contrast out")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile made can't be traced
 
     def initial(output: Any) -> Tensor:
         logits = check_logits(output, x)
         index = class_indices(logits, target)
-        masks = torch.zeros_like(logits).expand(index.shape[1], -1, -1).scatter(2, index.T[..., None], 1)
-        return masks if init == "one" else masks * logits.detach()
+        weights = torch.zeros_like(logits).expand(index.shape[1], -1, -1).scatter(2, index.T[..., None], 1)
+        if contrast:
+            weights = torch.where(weights == 1, weights, -1 / max(1, logits.shape[1] - 1))
+        return weights if init == "one" else weights * logits.detach()
 
-    R = propagate(model, x, build_composite(composite, model, **options), initial)
-    return R.transpose(0, 1) if several(target) else R[0]
+    layers = [] if layer is None else [layer] if isinstance(layer, str) else list(layer)
+    results = propagate_to(
+        model,
+        x,
+        build_composite(composite, model, **options),
+        initial,
+        layers=[name for name in layers if name],
+        start=start,
+        conditions=condition,
+        relevance_dtype=reduced_dtype(relevance_dtype),
+        fallback=fallback,
+    )
+    one = start is not None or not several(target)
+    results = {name: R if start else R[0] if one else R.transpose(0, 1) for name, R in results.items()}
+    if layer is None or isinstance(layer, str):
+        return results[layer or ""]
+    return {name: results[name] for name in layers}
+
+
+def check_choice(option: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise a UserError unless an option has one of the values that are allowed."""
+    if value not in allowed:
+        raise UserError(f"unknown {option} {value!r}; allowed: {', '.join(allowed)}")
+
+
+def reduced_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype of the relevance, or raise a UserError if it can't be that."""
+    allowed = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+    if dtype is None or dtype in allowed.values():
+        return dtype  # type: ignore[return-value]
+    if dtype not in allowed:
+        raise UserError(
+            f"unknown relevance_dtype {dtype!r}; allowed: {', '.join(allowed)} (float16 has too small a range)"
+        )
+    return allowed[dtype]

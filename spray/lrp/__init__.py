@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from spray.lrp.composites import COMPOSITES, Composite, build_composite
-from spray.lrp.engine import propagate
+from spray.lrp.concepts import Concept
+from spray.lrp.engine import propagate, propagate_to
 from spray.lrp.rules import RULES, AlphaBeta, Epsilon, Flat, Gamma, Rule, WSquare, ZBox, Zero, ZPlus
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "RULES",
     "AlphaBeta",
     "Composite",
+    "Concept",
     "Epsilon",
     "Flat",
     "Gamma",
@@ -21,4 +23,5 @@ __all__ = [
     "Zero",
     "build_composite",
     "propagate",
+    "propagate_to",
 ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,7 +25,14 @@ from spray.errors import UserError
 from spray.lrp.rules import RULES, AlphaBeta, Epsilon, Flat, Gamma, Rule, WSquare, ZBox, Zero, ZPlus
 from spray.registry import Registry
 
-KINDS = ("first", "convolution", "linear")
+KINDS = ("first", "convolution", "linear", "last")
+
+# Options of every composite that aren't rules, and what they may be; the first is the default.
+COMMON: dict[str, tuple[Any, ...]] = {
+    "addition": ("norm", "equal", "magnitude"),
+    "normalization": ("norm", "pass"),
+    "zero_bias": (False, True),
+}
 
 
 @dataclass(frozen=True)
@@ -150,34 +157,47 @@ def z_box(low: Any, high: Any, composite: str) -> ZBox:
     return ZBox(low, high)
 
 
-def build_composite(composite: str | Mapping[str, Rule | str], model: nn.Module, **options: Any) -> Composite:
+def build_composite(
+    composite: str | Mapping[str, Rule | str | Mapping[str, Any]], model: nn.Module, **options: Any
+) -> Composite:
     """Return the composite that a name or mapping stands for.
 
     Parameters
     ----------
     composite : str or mapping
-        A registered name, or a mapping from kinds ("first", "convolution", "linear") and module names or
-        globs to rules or names of rules. Layers it doesn't mention get the ε rule.
+        A registered name, or a mapping from kinds ("first", "last", "convolution", "linear") and module names
+        or globs to rules, names of rules, or mappings like ``{"rule": "gamma", "gamma": 0.1}``. Layers it
+        doesn't mention get the ε rule. The keys "addition", "normalization" and "zero_bias" may be in it too.
     model : nn.Module
         The model whose module names the mapping means.
     **options
-        `epsilon`, `gamma`, `low`, `high`: those that the composite's rules take.
+        `epsilon`, `gamma`, `low`, `high`: those that the composite's rules take; `addition`, `normalization`,
+        `zero_bias`: see `Composite`.
 
     Raises
     ------
     UserError
         For an unknown composite, rule, option or module name.
     """
+    common = {key: options.pop(key) for key in COMMON if key in options}
+    if not isinstance(composite, str):
+        common = {key: composite[key] for key in COMMON if key in composite} | common
+        composite = {key: value for key, value in composite.items() if key not in COMMON}
+    for key, value in common.items():
+        if value not in COMMON[key]:
+            raise UserError(f"unknown {key} {value!r}; allowed: {', '.join(map(str, COMMON[key]))}")
     check_options(options)
     if isinstance(composite, str):
         recipe = COMPOSITES.get(composite)
         allowed = list(inspect.signature(recipe).parameters)
-        refuse_options(set(options) - set(allowed), f"composite {composite!r}", allowed)
-        return recipe(**options)
-    return from_mapping(composite, model, options)
+        refuse_options(set(options) - set(allowed), f"composite {composite!r}", [*allowed, *COMMON])
+        return replace(recipe(**options), **common)
+    return replace(from_mapping(composite, model, options), **common)
 
 
-def from_mapping(mapping: Mapping[str, Rule | str], model: nn.Module, options: dict[str, Any]) -> Composite:
+def from_mapping(
+    mapping: Mapping[str, Rule | str | Mapping[str, Any]], model: nn.Module, options: dict[str, Any]
+) -> Composite:
     """Return the composite that a mapping from kinds and module names to rules describes."""
     modules = [name for name, _ in model.named_modules()]
     rules: dict[str, Rule] = {}
@@ -188,10 +208,26 @@ def from_mapping(mapping: Mapping[str, Rule | str], model: nn.Module, options: d
                 f"the composite names {key!r}, which is neither a kind of layer ({', '.join(KINDS)}) nor "
                 "a module of the model (see model.named_modules())"
             )
-        rules[key] = value if isinstance(value, Rule) else named_rule(value, options, used)
+        if isinstance(value, Mapping):
+            rules[key] = rule_with_options(key, value)
+        else:
+            rules[key] = value if isinstance(value, Rule) else named_rule(value, options, used)
     refuse_options(set(options) - used, "this mapping's rules", sorted(used))
     kinds = {kind: rules.pop(kind) for kind in KINDS if kind in rules}
     return Composite(**kinds, names=rules)  # type: ignore[arg-type]
+
+
+def rule_with_options(key: str, value: Mapping[str, Any]) -> Rule:
+    """Return the rule that a mapping like ``{"rule": "gamma", "gamma": 0.1}`` describes."""
+    own = {name: option for name, option in value.items() if name != "rule"}
+    if not isinstance(value.get("rule"), str):
+        raise UserError(f"the composite's entry for {key!r} names no rule; write {{rule: gamma, gamma: 0.1}}")
+    used: set[str] = set()
+    check_options(own)
+    rule = named_rule(value["rule"], own, used)
+    allowed = [f.name for f in fields(RULES.get(value["rule"]))]  # type: ignore[arg-type]
+    refuse_options(set(own) - used, f"rule {value['rule']!r}", allowed)
+    return rule
 
 
 def named_rule(name: str, options: dict[str, Any], used: set[str]) -> Rule:

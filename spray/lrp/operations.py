@@ -332,6 +332,10 @@ def scaled(trace: Trace, func: Call, signal: Tensor, gate: Any) -> Tensor:
 def statistic(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
     """Handle a function that no rule divides relevance for: its results can be gates, but not signals."""
     parents = carriers(args, kwargs)
+    if trace.fallback is not None and func.__name__ not in ("var_mean", "std_mean"):
+        result = trace.fallback(trace, func, args, kwargs)
+        known(result).gate = 2
+        return result
     result = func(*args, **kwargs)
     what, place = func.__name__, trace.place()
 
