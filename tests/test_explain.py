@@ -99,6 +99,24 @@ def test_samples_do_not_depend_on_their_batch(method: str, options: dict[str, An
 
 
 @CONTRACT
+def test_attribution_is_the_same_whatever_the_global_generator(method: str, options: dict[str, Any]) -> None:
+    model, x = network(), images()
+    torch.manual_seed(2)
+    R = explain(model, x, 1, method=method, **options)
+    torch.manual_seed(3)
+    assert torch.equal(explain(model, x, 1, method=method, **options), R)
+
+
+@CONTRACT
+def test_place_in_the_batch_does_not_matter(method: str, options: dict[str, Any]) -> None:
+    model, x = network().double(), images().double()
+    target = torch.tensor([0, 1, 2, 3])
+    R = explain(model, x, target, method=method, **options)
+    turned = explain(model, x.flip(0), target.flip(0), method=method, **options)
+    torch.testing.assert_close(turned.flip(0), R, rtol=1e-9, atol=1e-12)
+
+
+@CONTRACT
 def test_forms_of_a_target_agree(method: str, options: dict[str, Any]) -> None:
     model, x = network(), images()
     predicted = model(x.clone()).argmax(1)
@@ -235,8 +253,14 @@ def test_a_part_in_training_mode_is_named() -> None:
         explain(model, images())
 
 
-def test_an_empty_batch_gives_an_empty_attribution() -> None:
-    assert explain(network(), images()[:0]).shape == (0, 3, 6, 6)
+@CONTRACT
+def test_an_empty_batch_gives_an_empty_attribution(method: str, options: dict[str, Any]) -> None:
+    model, x = network(), images()[:0]
+    before = copy.deepcopy(state(model))
+    R = explain(model, x, method=method, **options)
+    assert R.shape == (0, 3, 6, 6)
+    assert R.dtype == torch.float32
+    assert_same(state(model), before)
 
 
 @pytest.mark.parametrize(
