@@ -410,7 +410,7 @@ def test_refusals():
     core = nn.LSTM(D, H, num_layers=2, dropout=0.5)
     model = Model(core)
     core.train()
-    with pytest.raises(UserError, match="active dropout.*core"):
+    with pytest.raises(UserError, match=r"active dropout.*core"):
         relevance(model, torch.randn(L, N, D), torch.randn(L, N, H))
 
     class Hyper(nn.Module):
