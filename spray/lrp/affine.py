@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spray.lrp.handlers import Call, detached, handles, placeholder, signature
-from spray.lrp.layers import BatchNorm, Convolution, FullyConnected, Layer, LinearMap, Product
+from spray.lrp.layers import BatchNorm, Convolution, FullyConnected, Layer, LinearMap, Product, memory_format
 from spray.lrp.operations import by_contribution, elementwise
 from spray.lrp.rules import Rule, default_stabilizer
 from spray.lrp.tape import Node, Slot
@@ -57,54 +57,46 @@ class AffineCall:
     norm: BatchNorm | None = None
 
     def parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias, the normalisation merged."""
-        return (self.weight, self.bias) if self.norm is None else self.norm.merge(self.map, self.weight, self.bias)
-
-    def values(self) -> Tensor:
-        """Return its output."""
-        with torch.autocast(self.a.device.type, enabled=False):
-            return self.map.forward(self.a, *self.parameters())
+        """Return weight and bias, the normalisation merged, in the memory format that the input has."""
+        weight = self.weight.contiguous(memory_format=memory_format(self.a)) if self.weight.dim() > 2 else self.weight
+        return (weight, self.bias) if self.norm is None else self.norm.merge(self.map, weight, self.bias)
 
     def compute(self, trace: Trace, slot: Slot, rectify: bool = False, z: Tensor | None = None) -> Tensor:
         """Return its output, computed already (`z`) or now, with the negative values cut off if a ReLU follows."""
         self.rule.check(self.a, self.name)
-        z = self.values() if z is None else z
+        parameters = self.parameters()
+        if z is None:
+            with torch.autocast(self.a.device.type, enabled=False):
+                z = self.map.forward(self.a, *parameters)
         z = z.relu_() if rectify else z
         known_of_it: dict[str, Any] = {"slot": slot, "after_affine": True}
         known_of_it |= {"nonnegative": True} if rectify else {"deferred": self}
         trace.mark(z, **known_of_it)
-        trace.tape.append(
-            Node(
-                (self.source,),
-                (slot,),
-                self._back(trace, slot, z, rectify),
-                affine=True,
-                proportional=self.rule.proportional,
-            )
-        )
+        back = self._back(trace, slot, z, parameters, rectify)
+        trace.tape.append(Node((self.source,), (slot,), back, affine=True, proportional=self.rule.proportional))
         return z
 
-    def _back(self, trace: Trace, slot: Slot, z: Tensor, rectify: bool) -> Callable[..., Any]:
+    def _back(
+        self, trace: Trace, slot: Slot, z: Tensor, parameters: tuple[Tensor, Tensor | None], rectify: bool
+    ) -> Callable[..., Any]:
         rule, last, dtype = self.rule, trace.composite.last_rule(self.name), self.dtype or z.dtype
         a = self.kept if rule.uses_input or rule.uses_output or last else None
         out = trace.keep(z, self.dtype) if rule.uses_output or last else None
-        shape, nonnegative, ignores_bias = self.a.shape, self.nonnegative, trace.composite.zero_bias
-        epsilon = default_stabilizer(z.dtype)
-        map, weight, bias, norm = self.map, self.weight, self.bias, self.norm
+        ignores_bias = trace.composite.zero_bias
+        layer = Layer(self.map, *parameters, self.a.shape, self.nonnegative, epsilon=default_stabilizer(z.dtype))
 
         def back(arrived: Sequence[Tensor | None]) -> tuple[Tensor]:
             (R,) = arrived
             assert R is not None
-            w, b = (weight, bias) if norm is None else norm.merge(map, weight, bias)
-            layer = Layer(map, w, b, shape, nonnegative, rectify and not slot.loose, epsilon).to(dtype)
+            f = replace(layer, rectified=rectify and not slot.loose).to(dtype)
             chosen = last if last is not None and not slot.leads_to_affine else rule
             inputs = None if a is None else a.to(dtype)
             outputs = None if out is None else out.to(dtype)
             if rectify and slot.loose and chosen.uses_output:
                 assert inputs is not None
-                outputs = layer(inputs, layer.w, layer.b)
-            layer = layer.without_bias() if ignores_bias else layer
-            return (chosen(layer, inputs, outputs, R.to(dtype)),)  # type: ignore[arg-type]
+                outputs = f(inputs, f.w, f.b)
+            f = f.without_bias() if ignores_bias else f
+            return (chosen(f, inputs, outputs, R.to(dtype)),)  # type: ignore[arg-type]
 
         return back
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -140,7 +141,8 @@ class Convolution:
         """Return the vector-Jacobian product with respect to the input; the weight's is not computed."""
         inner = shape[2:]
         padded = [n + after for n, after in zip(inner, self.trailing or (0,) * len(inner), strict=True)]
-        like = s.new_empty(1).expand(*shape[:2], *padded)
+        # Only its shape and memory format are read; memory that nobody touches costs nothing.
+        like = torch.empty((*shape[:2], *padded), dtype=s.dtype, device=s.device, memory_format=memory_format(s))
         R = torch.ops.aten.convolution_backward(
             s,
             like,
@@ -200,6 +202,14 @@ class Convolution:
         return self.output_padding or (0,) * len(self.stride)
 
 
+def memory_format(t: Tensor) -> torch.memory_format:
+    """Return how a tensor's channels lie in memory."""
+    for format, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if t.dim() == dims and not t.is_contiguous() and t.is_contiguous(memory_format=format):
+            return format
+    return torch.contiguous_format
+
+
 @dataclass(frozen=True)
 class Layer:
     """An affine layer ``z = w·a + b``.
@@ -245,6 +255,26 @@ class Layer:
                 batch = fold(s)
                 return unfold(self.map.transpose(batch, w, (batch.shape[0], *self.shape[1:])), s.shape[0])
         return torch.stack([self.map.transpose(one, w, self.shape) for one in s])
+
+    def transposes(self, s: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return ``wᵀ·s`` for each of several weights; convolutions of few channels in one go."""
+        one_group = isinstance(self.map, Convolution) and self.map.groups == 1 and not self.map.transposed
+        if not one_group:
+            return [self.T(s, w) for w in weights]
+        batch, (n, *inner) = fold(s), self.shape[1:]
+        shape = (batch.shape[0], len(weights) * n, *inner)
+        wide = torch.cat([w.contiguous(memory_format=memory_format(batch)) for w in weights], 1)
+        return [unfold(c, s.shape[0]) for c in self.map.transpose(batch, wide, shape).split(n, 1)]
+
+    @cached_property
+    def w_plus(self) -> Tensor:
+        """The positive part of the weight."""
+        return self.w.clamp(min=0)
+
+    @cached_property
+    def w_minus(self) -> Tensor:
+        """The negative part of the weight (zero or below)."""
+        return self.w.clamp(max=0)
 
     def with_bias(self, b: Tensor | None, epsilon: float) -> Tensor:
         """Return a bias with `epsilon` added to every entry."""

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spray.errors import UserError
@@ -153,27 +154,25 @@ class Gamma(Rule):
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
-        w_plus = plus(f.w)
-        w_up = torch.add(f.w, w_plus, alpha=self.gamma)
+        w_up = torch.add(f.w, f.w_plus, alpha=self.gamma)
         if f.nonnegative and f.rectified and f.offset is None:
             # Only outputs z > 0 have relevance; there z + γP > 0, elsewhere the quotient is 0.
             b = None if f.b is None else f.b + self.gamma * plus(f.b)
             D = f(a, w_up, f.with_bias(b, f.epsilon)).clamp_(min=f.epsilon)
             return weigh(f.T(overwrite(R, D), w_up), a)
-        P = positive_part(f, a)
         z = without_bias(f, z)
-        # z = P + N; N = z − P can't cancel where it is used, since there z < 0 ≤ P.
-        D = torch.where(z > 0, P, torch.where(z < 0, z - P, 0)).mul_(self.gamma).add_(z)
-        s = divide(R, D, f.epsilon)
-        s_plus, s_minus = s * (z > 0), s * (z < 0)
-        w_minus = minus(f.w)
+        # Where z ≥ 0 the denominator is z + γP, elsewhere z + γ(z − P): its modulus is |z| + γ|z⁻| + γP.
+        D = positive_part(f, a, f.epsilon, self.gamma).add_(F.leaky_relu(z, -1 - self.gamma))
+        s = overwrite(R, D)
+        s_plus = torch.where(z >= 0, s, 0)
+        s_minus = torch.sub(s_plus, s, out=s)
         if f.nonnegative:
-            w_down = torch.add(f.w, w_minus, alpha=self.gamma)
+            w_down = torch.add(f.w, f.w_minus, alpha=self.gamma)
             return weigh(f.T(s_plus, w_up).add_(f.T(s_minus, w_down)), a)
-        with_positive = f.T(s_plus, w_plus) + f.T(s_minus, w_minus)
-        with_negative = f.T(s_plus, w_minus) + f.T(s_minus, w_plus)
+        with_positive = f.T(s_plus, f.w_plus) + f.T(s_minus, f.w_minus)
+        with_negative = f.T(s_plus, f.w_minus) + f.T(s_minus, f.w_plus)
         favoured = plus(a) * with_positive + minus(a) * with_negative
-        return a * f.T(s_plus + s_minus, f.w) + self.gamma * favoured
+        return weigh(f.T(s_plus.add_(s_minus), f.w), a).add_(favoured, alpha=self.gamma)
 
 
 @RULES.register("alpha_beta")
@@ -192,11 +191,11 @@ class AlphaBeta(Rule):
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
         s = overwrite(R, positive_part(f, a, f.epsilon))
-        R_plus = share(f, a, plus(f.w), minus(f.w), s).mul_(self.alpha)
+        R_plus = share(f, a, s).mul_(self.alpha)
         if self.beta == 0:
             return R_plus
         s = overwrite(R, negative_part(f, a, -f.epsilon))
-        return R_plus.sub_(share(f, a, minus(f.w), plus(f.w), s), alpha=self.beta)
+        return R_plus.sub_(share(f, a, s, negative=True), alpha=self.beta)
 
 
 @RULES.register("z_plus")
@@ -211,7 +210,7 @@ class ZPlus(Rule):
 
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
-        return share(f, a, plus(f.w), minus(f.w), overwrite(R, positive_part(f, a, f.epsilon)))
+        return share(f, a, overwrite(R, positive_part(f, a, f.epsilon)))
 
 
 @RULES.register("flat")
@@ -262,10 +261,10 @@ class ZBox(Rule):
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
         low, high = bound(self.low, a), bound(self.high, a)
-        w_plus, w_minus = plus(f.w), minus(f.w)
         # The bounds' part is the same for all samples, and the bias is in both: it cancels.
-        s = divide(R, without_bias(f, z) - f(low, w_plus, f.b) - f(high, w_minus), f.epsilon)
-        return weigh(f.T(s, f.w), a).sub_(low * f.T(s, w_plus)).sub_(high * f.T(s, w_minus))
+        s = divide(R, without_bias(f, z) - f(low, f.w_plus, f.b) - f(high, f.w_minus), f.epsilon)
+        c, c_plus, c_minus = f.transposes(s, (f.w, f.w_plus, f.w_minus))
+        return a * c - low * c_plus - high * c_minus
 
     def check(self, a: Tensor, name: str) -> None:
         """Raise a UserError if `a` isn't within the bounds."""
@@ -279,11 +278,12 @@ class ZBox(Rule):
             )
 
 
-def positive_part(f: Layer, a: Tensor, epsilon: float = 0) -> Tensor:
-    """Return Σ_0,j (a_j w_jk)⁺ + ε; ε rides on the bias, so it costs nothing."""
-    b = None if f.b is None else plus(f.b)
+def positive_part(f: Layer, a: Tensor, epsilon: float = 0, scale: float = 1) -> Tensor:
+    """Return ``scale`` · Σ_0,j (a_j w_jk)⁺ + ε; both ride on the weights, so they cost nothing."""
+    b = None if f.b is None else plus(f.b) * scale
     b = f.with_bias(b, epsilon) if epsilon else b
-    P = f(a, plus(f.w), b) if f.nonnegative else f(plus(a), plus(f.w), b).add_(f(minus(a), minus(f.w)))
+    w = f.w_plus if scale == 1 else f.w_plus * scale
+    P = f(a, w, b) if f.nonnegative else f(plus(a), w, b).add_(f(minus(a), f.w_minus), alpha=scale)
     # Where a device computes convolutions through transforms, rounding may leave the half line.
     return P if P.device.type == "cpu" else P.clamp_(min=epsilon)
 
@@ -292,7 +292,7 @@ def negative_part(f: Layer, a: Tensor, epsilon: float = 0) -> Tensor:
     """Return Σ_0,j (a_j w_jk)⁻ + ε, for an ε of zero or below."""
     b = None if f.b is None else minus(f.b)
     b = f.with_bias(b, epsilon) if epsilon else b
-    N = f(a, minus(f.w), b) if f.nonnegative else f(plus(a), minus(f.w), b).add_(f(minus(a), plus(f.w)))
+    N = f(a, f.w_minus, b) if f.nonnegative else f(plus(a), f.w_minus, b).add_(f(minus(a), f.w_plus))
     return N if N.device.type == "cpu" else N.clamp_(max=epsilon)
 
 
@@ -303,10 +303,11 @@ def without_bias(f: Layer, z: Tensor) -> Tensor:
     return z - (f.offset.view(-1, *[1] * (z.dim() - 2)) if f.map.kind == "convolution" else f.offset)
 
 
-def share(f: Layer, a: Tensor, w: Tensor, w_negative: Tensor, s: Tensor) -> Tensor:
-    """Return a_j⁺ Σ_k w_jk s_k + a_j⁻ Σ_k w_negative_jk s_k."""
+def share(f: Layer, a: Tensor, s: Tensor, negative: bool = False) -> Tensor:
+    """Return Σ_k (a_j w_jk)⁺ s_k, or with `negative` Σ_k (a_j w_jk)⁻ s_k."""
     if f.nonnegative:
-        return weigh(f.T(s, w), a)
+        return weigh(f.T(s, f.w_minus if negative else f.w_plus), a)
+    w, w_negative = (f.w_minus, f.w_plus) if negative else (f.w_plus, f.w_minus)
     return weigh(f.T(s, w), plus(a)).add_(weigh(f.T(s, w_negative), minus(a)))
 
 
