@@ -107,6 +107,7 @@ WAYS = {
     "begun": lambda ids: torch.cat([torch.ones(len(ids), 1, dtype=ids.dtype), ids], 1),
     "padded": lambda ids: F.pad(ids, (0, 2), value=3),
     "halves": lambda ids: torch.cat(ids.chunk(2, 1)[::-1], 1),
+    "twice": lambda ids: torch.cat([ids, ids], 1),
     "iterated": lambda ids: torch.stack(list(ids)),
     "sorted": lambda ids: ids.sort(1).values,
     "masked": lambda ids: ids.masked_fill(ids == 3, 0),
@@ -150,9 +151,18 @@ def origins(way: str, ids: Tensor) -> Tensor:
             return torch.cat([torch.full((N, 1), -1), places], 1)
         case "padded":
             return F.pad(places, (0, 2), value=-1)
-        case "reversed" | "part" | "chosen" | "gathered" | "halves":
+        case "reversed" | "part" | "chosen" | "gathered" | "halves" | "twice":
             return WAYS[way](places)
     return places
+
+
+def test_change_through_a_view_is_refused():
+    def change(ids: Tensor) -> Tensor:
+        ids[:, 1:].clamp_(max=2)
+        return ids
+
+    with pytest.raises(UserError, match="changed in place through one of its views"):
+        explained(Classifier(change), numbers(N, L))
 
 
 def test_table_that_is_indexed_is_an_embedding():
@@ -228,11 +238,11 @@ def test_bag_is_the_sum_of_its_embeddings(mode, padding_idx):
     class Bag(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.bag = nn.EmbeddingBag(V, E, mode=mode, padding_idx=padding_idx)
+            self.bag = nn.EmbeddingBag(V, E)
             self.head = nn.Linear(E, 2)
 
         def forward(self, ids: Tensor) -> Tensor:
-            self.output = self.head(self.bag(ids))
+            self.output = self.head(F.embedding_bag(ids, self.bag.weight, mode=mode, padding_idx=padding_idx))
             return self.output
 
     model, ids = Bag().eval(), numbers(N, L)
