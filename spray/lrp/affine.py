@@ -17,6 +17,7 @@ from torch import Tensor
 from spray.lrp.handlers import Call, detached, handles, placeholder, signature
 from spray.lrp.layers import BatchNorm, Convolution, FullyConnected, Layer, LinearMap, Product, memory_format
 from spray.lrp.operations import by_contribution, elementwise
+from spray.lrp.pooling import ZeroPadding
 from spray.lrp.rules import Rule, default_stabilizer
 from spray.lrp.tape import Node, Slot
 from spray.lrp.trace import Trace, known, record_of
@@ -138,7 +139,7 @@ def linear(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     return affine(trace, a, FullyConnected(), weight, bias, z)
 
 
-@handles("conv1d conv2d conv3d")
+@handles("conv1d conv2d conv3d", lazy=True)
 def convolution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle convolutions."""
 
@@ -155,15 +156,39 @@ def convolution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
 
     a, weight, bias, stride, padding, dilation, groups = unpack(*args, **kwargs)
     dims = weight.dim() - 2
-    batched(trace, a, dims)
     dilation = per_dimension(dilation, dims)
     trailing: tuple[int, ...] = ()
     if padding == "same":
         padding, trailing = same_padding(weight, dilation)
     elif padding == "valid":
         padding = 0
-    map = Convolution(per_dimension(stride, dims), per_dimension(padding, dims), dilation, groups, trailing=trailing)
-    return affine(trace, a, map, weight, bias, func(*args, **kwargs) if eager(a) else None)
+    padding = per_dimension(padding, dims)
+    zeros = waiting_zeros(a)
+    if zeros is not None and not trailing and not eager(a) and zeros.a.dim() == dims + 2:
+        a = zeros.a
+        padding = tuple(p + before for p, before in zip(padding, zeros.before, strict=True))
+        trailing = tuple(after - before for before, after in zip(zeros.before, zeros.after, strict=True))
+    else:
+        a = trace.current(a)
+    batched(trace, a, dims)
+    map = Convolution(per_dimension(stride, dims), padding, dilation, groups, trailing=trailing)
+    return affine(trace, a, map, weight, bias, rest_of(func, args, kwargs)(a) if eager(a) else None)
+
+
+def waiting_zeros(a: Tensor) -> ZeroPadding | None:
+    """Return the zero padding that a convolution can take into its own: there is no less of it after than before."""
+    record = record_of(a)
+    if record is None or not record.waiting or not isinstance(record.deferred, ZeroPadding) or record.slot.taps:
+        return None
+    zeros = record.deferred
+    fits = all(before <= after for before, after in zip(zeros.before, zeros.after, strict=True))
+    return zeros if fits else None
+
+
+def rest_of(func: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Return `func` as a function of its first argument, `input`, alone."""
+    rest = {key: value for key, value in kwargs.items() if key != "input"}
+    return lambda a: func(a, *args[1:], **rest)
 
 
 @handles("conv_transpose1d conv_transpose2d conv_transpose3d")

@@ -175,6 +175,8 @@ class Watch:
         keys = (name, f"{name}#{self.calls[name]}")
         if not any(key in self.captures or key in self.conditions or key == self.start for key in keys):
             return
+        if isinstance(module, nn.RNNBase):
+            output = output[0]  # beside the states
         if not isinstance(output, Tensor):
             raise UserError(f"layer {name!r} returns a {type(output).__name__}, not a tensor; name one inside it")
         t = trace.current(output, values=False)

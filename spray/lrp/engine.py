@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from spray.errors import UserError
 from spray.lrp import affine as affine  # these register their handlers
 from spray.lrp import attention as attention
+from spray.lrp import embedding as embedding
 from spray.lrp import norms as norms
 from spray.lrp import operations as operations
+from spray.lrp import recurrent as recurrent
 from spray.lrp.composites import Composite
 from spray.lrp.concepts import Concept, Reached, Watch, start_relevance
 from spray.lrp.handlers import HANDLERS, LAZY
@@ -93,7 +95,8 @@ def propagate_to(
         one dimension more in front where `initial` asks for several targets.
     """
     watch = Watch(model, layers, start[0] if start else None, conditions or {})
-    trace = Trace(model, composite, HANDLERS, frozenset(LAZY), relevance_dtype, FALLBACKS[fallback])
+    integers = None if x.is_floating_point() else embedding.integers
+    trace = Trace(model, composite, HANDLERS, frozenset(LAZY), relevance_dtype, FALLBACKS[fallback], integers)
     # On a CPU convolutions are faster on channels that lie side by side.
     channels_last = x.dim() == 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     a = x.detach().contiguous(memory_format=torch.channels_last) if channels_last else x.detach()
@@ -120,7 +123,7 @@ def propagate_to(
         single, first = R.dim() == output.dim(), known(output).slot
         reached = output = None  # so that the sweep can free what it has passed
         trace.tape.play(first, R[None] if single else R, loose=True)
-        dtype = x.dtype if x.is_floating_point() else torch.float32
+        dtype = x.dtype if x.is_floating_point() else R.dtype
         arrived = {"": source.relevance, **{layer: capture.relevance for layer, capture in watch.captures.items()}}
         if arrived[""] is None:
             arrived[""] = torch.zeros(1 if single else len(R), *x.shape, dtype=dtype, device=x.device)

@@ -248,12 +248,11 @@ class Layer:
 
     def T(self, s: Tensor, w: Tensor) -> Tensor:  # noqa: N802
         """Return ``wᵀ·s``, one value for each target and input: (T, N, ...), as `s`."""
-        match self.map:
-            case FullyConnected():
-                return s @ w
-            case Convolution():
-                batch = fold(s)
-                return unfold(self.map.transpose(batch, w, (batch.shape[0], *self.shape[1:])), s.shape[0])
+        if type(self.map) is FullyConnected:
+            return s @ w
+        if type(self.map) is Convolution:
+            batch = fold(s)
+            return unfold(self.map.transpose(batch, w, (batch.shape[0], *self.shape[1:])), s.shape[0])
         return torch.stack([self.map.transpose(one, w, self.shape) for one in s])
 
     def transposes(self, s: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -148,10 +148,8 @@ KEEP_CONTIGUOUS = VIEWS | VIEWS_IF_CONTIGUOUS | names("squeeze unsqueeze contigu
 @handles(f"{SHAPES} {PARTS} {COPIES} {MAXIMA}")
 def move(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
     """Handle an operation whose outputs are inputs, elsewhere: relevance goes back where each came from."""
-    parents = carriers(args, kwargs)
-    leaves = {id(t): leaf_of(t) for t in parents if t.is_floating_point()}
-    if not leaves:
-        return move_indices(trace, func, parents, args, kwargs)
+    parents = [t for t in carriers(args, kwargs) if t.is_floating_point()]  # an index moves nothing
+    leaves = {id(t): leaf_of(t) for t in parents}
     name = func.__name__
     contiguous = known(parents[0]).contiguous
     if name == "contiguous" and contiguous and len(args) == 1 and not kwargs:
@@ -172,7 +170,7 @@ def move(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
     if name in ("pad", "constant_pad_nd", "masked_fill", "where"):
         nonnegative &= all(not isinstance(v, int | float) or v >= 0 for v in [*args[2:], kwargs.get("value")])
     facts = {"nonnegative": nonnegative, "gate": min(known(p).gate for p in parents)}
-    originals = {id(leaf): t for t, leaf in zip(parents, leaves.values(), strict=False)}
+    originals = {id(leaves[id(t)]): t for t in parents}
     outputs: list[Tensor] = []
     marked: list[Tensor] = []
 
@@ -190,7 +188,7 @@ def move(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
     result = tree_map_only(Tensor, mark, graph)
     if outputs:
         inputs = list(leaves.values())
-        sources = tuple(known(t).slot for t in parents if id(t) in leaves)
+        sources = tuple(known(t).slot for t in {id(t): t for t in parents}.values())
         trace.tape.append(
             Node(
                 sources,
@@ -201,11 +199,6 @@ def move(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
             )
         )
     return result
-
-
-def move_indices(trace: Trace, func: Call, parents: list[Tensor], args: Any, kwargs: Any) -> Any:
-    """Handle the movement of token numbers, whose relevance is that of their embeddings."""
-    raise NotImplementedError
 
 
 # Elementwise operations

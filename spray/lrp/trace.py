@@ -138,6 +138,8 @@ class Trace(TorchFunctionMode):
         The dtype in which relevance is propagated; None is that of each layer's output.
     fallback : handler, optional
         What to do for a function that has no handler; None is an error.
+    integers : handler, optional
+        What to do for functions of integer tensors that carry relevance; None if the model's input is floating.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class Trace(TorchFunctionMode):
         lazy: frozenset[str] = frozenset(),
         relevance_dtype: torch.dtype | None = None,
         fallback: Handler | None = None,
+        integers: Handler | None = None,
     ) -> None:
         super().__init__()
         self.composite = composite
@@ -155,6 +158,7 @@ class Trace(TorchFunctionMode):
         self.lazy = lazy
         self.relevance_dtype = relevance_dtype
         self.fallback = fallback
+        self.integers = integers
         self.tape = Tape()
         self.modules = {id(module): name for name, module in model.named_modules()}
         self.layers = {
@@ -261,6 +265,8 @@ class Trace(TorchFunctionMode):
     def _call(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("out") is not None:
             self.fail(f"{name}(out=...)")
+        if self.integers is not None and not all(t.is_floating_point() for t in carriers(args, kwargs)):
+            return self.integers(self, func, args, kwargs)
         handler = self.handlers.get(name)
         if handler is not None:
             return handler(self, func, args, kwargs)
