@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spray.attribution.target import check_finite
 from spray.errors import UserError
 
 # Superpixels of an image, unless the caller says otherwise.
@@ -37,13 +38,14 @@ def segment(x: Tensor, segments: Any) -> Tensor:
     Raises
     ------
     UserError
-        For anything else.
+        For anything else, or superpixels of an image that isn't finite.
     """
     image = x.dim() == 4
     if segments is None:
         segments = SEGMENTS if image else torch.arange(x[:1].numel() if len(x) else 0).view(1, *x.shape[1:])
     if not isinstance(segments, Tensor | np.ndarray):
         number = count(segments, x)
+        check_finite(x, "the input")
         return torch.stack([superpixels(sample, number) for sample in x]) if len(x) else x.long()
     mask = torch.as_tensor(segments, device=x.device)
     places = x.shape[2:] or x.shape[1:]
@@ -93,10 +95,8 @@ def superpixels(image: Tensor, number: int) -> Tensor:
 
     channels, height, width = image.shape
     pixels = image.detach().permute(1, 2, 0).double().cpu().numpy()
-    # The input is normalised, but SLIC's colours are defined from 0 to 1.
-    low, high = pixels.min(), pixels.max()
-    pixels = (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
     lab = channels == 3
+    # The input is normalised; `slic` itself brings an image to the range from 0 to 1.
     labels = slic(
         pixels,
         n_segments=min(number, height * width),

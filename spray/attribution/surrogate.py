@@ -170,8 +170,8 @@ def coefficients(
 ) -> Tensor:
     """Return the coefficients of each sample's own linear model, spread evenly over the parts' entries."""
     batch_size, hidden = whole("batch_size", batch_size), reference(baseline, x)
-    parts = segment(x, segments)
     index = explained_classes(model, x, target)
+    parts = segment(x, segments)
     check_dependence(model, x, hidden)
     logits, R = Perturbed(model), torch.zeros_like(x)
     for i in range(len(x)):
