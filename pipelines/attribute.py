@@ -62,7 +62,14 @@ def _check(relevance: Tensor, names: Any, part: np.ndarray) -> None:
 STAGE = Stage(
     name="attribute",
     needs=("train",),
-    settings=("attribution.method", "attribution.composite", "attribution.target", "attribution.dtype"),
+    settings=(
+        "attribution.method",
+        "attribution.composite",
+        "attribution.options",
+        "attribution.layer",
+        "attribution.target",
+        "attribution.dtype",
+    ),
     outputs=("attributions.h5",),
     run=run,
 )

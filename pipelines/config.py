@@ -43,7 +43,13 @@ class AttributionConfig:
     """How relevance is computed, and for which output."""
 
     method: str = "lrp"
-    composite: str = "epsilon_plus_flat"
+    # For LRP: the name of a composite, or a mapping from layers to rules.
+    composite: Any = "epsilon_plus_flat"
+    # The method's own options, as keyword arguments of `spray.explain`: a mapping. (Not typed as one, so that
+    # the command line may set it without a plus sign.)
+    options: Any = None
+    # The layer that Grad-CAM looks at; by default the last that has feature maps.
+    layer: str | None = None
     # `label`, `prediction` or a class index.
     target: str = "label"
     batch_size: int = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Composites whose first layer takes the bounds of the input.
 BOUNDED = ("epsilon_gamma_box", "deep_taylor")
+
+
+def needs_bounds(composite: str | Mapping[str, Any]) -> bool:
+    """Return whether a composite's rules want to know the least and greatest value of a pixel."""
+    if isinstance(composite, str):
+        return composite in BOUNDED
+    return "z_box" in composite.values()
 
 
 class Context:
@@ -88,12 +95,16 @@ class Context:
         """Return the relevance (n, C, H, W) of normalised images of that shape, computed as configured."""
         from spray.attribution import explain
 
-        options = self.config.attribution
-        bounds: dict[str, Any] = {}
-        if options.method == "lrp" and options.composite in BOUNDED:
+        config = self.config.attribution
+        options: dict[str, Any] = {}
+        if config.method == "lrp" and needs_bounds(config.composite):
             black = torch.zeros(images.shape[1], 1, 1, device=images.device)
-            bounds = {"low": self.normalizer(black), "high": self.normalizer(black + 1)}
-        return explain(model, images, target, options.method, options.composite, **bounds)
+            options = {"low": self.normalizer(black), "high": self.normalizer(black + 1)}
+        if config.layer is not None:
+            options["layer"] = config.layer
+        options |= config.options or {}
+        result: Tensor = explain(model, images, target, config.method, config.composite, **options)
+        return result
 
     @cached_property
     def model(self) -> nn.Module:

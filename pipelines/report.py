@@ -37,7 +37,8 @@ def _export(context: Context) -> None:
         context.log.warning("ViRelAy shows grey and RGB images only: no project is written")
         return
     attribution = context.config.attribution
-    method = attribution.method if attribution.method != "lrp" else f"lrp_{attribution.composite}"
+    composite = attribution.composite if isinstance(attribution.composite, str) else "own"
+    method = attribution.method if attribution.method != "lrp" else f"lrp_{composite}"
     strategies = {"label": "true_label", "prediction": "predicted_label"}
     export(
         context.run_dir / "virelay",

@@ -62,6 +62,7 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
     for key, allowed in CHOICES.items():
         if (value := _value(config, key)) not in allowed:
             raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
+    check_attribution(config)
     counts = config.analysis.n_clusters
     if not counts or min(counts) < 2:
         raise UserError(f"analysis.n_clusters={counts} is out of range; give numbers of at least 2, such as [2,4,8]")
@@ -69,6 +70,29 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
         from spray.correction import check_methods
 
         check_methods(config.correction.methods)
+
+
+def check_attribution(config: SprayConfig) -> None:
+    """Check the attribution's keys that need no model.
+
+    Raises
+    ------
+    UserError
+        For a layer where it has no meaning, or an option that the pipeline sets itself.
+    """
+    options = config.attribution
+    if options.layer is not None and options.method != "grad_cam":
+        raise UserError(
+            f"attribution.layer={options.layer} has no meaning for attribution.method={options.method}: heatmaps "
+            "are of the input; only grad_cam looks at a layer"
+        )
+    if not isinstance(options.options, dict | None):
+        raise UserError(
+            f"attribution.options={options.options} is no mapping; write attribution.options={{gamma: 0.1}}"
+        )
+    own = sorted({"layer", "start", "target", "method", "composite"} & set(options.options or {}))
+    if own:
+        raise UserError(f"attribution.options has {', '.join(own)}, which isn't an option of heatmaps of the input")
 
 
 def _value(config: SprayConfig, key: str) -> Any:

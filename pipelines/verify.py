@@ -119,7 +119,15 @@ def _line(record: dict[str, Any]) -> str:
 STAGE = Stage(
     name="verify",
     needs=("train", "isolate", "correct"),
-    settings=("verify", "seed", "attribution.method", "attribution.composite", "dataset.plant"),
+    settings=(
+        "verify",
+        "seed",
+        "attribution.method",
+        "attribution.composite",
+        "attribution.options",
+        "attribution.layer",
+        "dataset.plant",
+    ),
     outputs=("verification.json",),
     run=run,
 )

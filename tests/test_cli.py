@@ -19,7 +19,7 @@ from spray.pipelines.stages import NAMES, in_order
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-COMPOSITES = sorted(path.stem for path in (ROOT / "conf/attribution").glob("*.yaml"))
+ATTRIBUTIONS = sorted(path.stem for path in (ROOT / "conf/attribution").glob("*.yaml"))
 
 # What is typed, and what the one line has to say.
 MISTAKES = {
@@ -40,7 +40,7 @@ MISTAKES = {
     "dataset.plant.kind=tga": ["tga", "did you mean 'tag'"],
     "experiment=photo_tag": ["photo_tag", "did you mean 'photos_tag'", *EXPERIMENTS],
     "+experiment=photos_tag": ["experiment=NAME", "plus"],
-    "attribution=epsilon_pluss": ["did you mean 'epsilon_plus'", *COMPOSITES],
+    "attribution=epsilon_pluss": ["did you mean 'epsilon_plus'", *ATTRIBUTIONS],
     "attribution.method=lrq": ["lrq", "did you mean 'lrp'"],
     "attribution.composite=nope": ["nope", "epsilon_plus_flat"],
     "attribution.target=17": ["attribution.target=17", "label", "prediction"],
@@ -180,9 +180,13 @@ def test_experiments_compose(spray, experiment):
     assert config["stages"] == list(NAMES)
 
 
-@pytest.mark.parametrize("composite", COMPOSITES)
-def test_attribution_groups(spray, composite):
-    assert configuration(spray, f"attribution={composite}")["attribution"]["composite"] == composite
+@pytest.mark.parametrize("group", ATTRIBUTIONS)
+def test_attribution_groups(spray, group):
+    chosen = configuration(spray, f"attribution={group}")["attribution"]
+    if group == "custom":
+        assert isinstance(chosen["composite"], dict)
+    else:
+        assert group == (chosen["composite"] if chosen["method"] == "lrp" else chosen["method"])
 
 
 def test_options_win_over_the_experiment(spray):

@@ -51,7 +51,20 @@ def explain(
         For LRP (see `spray.attribution.relevance.lrp`): `init`, `layer`, `start`, `condition`,
         `relevance_dtype`, `fallback`, and the options of the composite: `epsilon`, `gamma`, `zero_bias`,
         `addition`, `normalization`, and `low` and `high`, the bounds of the normalised input (numbers, one per
-        channel, or tensors that broadcast). Of the other methods: see them in `spray.attribution`.
+        channel, or tensors that broadcast).
+
+        Of the other methods:
+
+        - smooth_grad: `n_samples`, `sigma` (share of a sample's range), `seed`, `batch_size`;
+        - integrated_gradients: `baseline`, `n_steps`, `batch_size`;
+        - grad_cam: `layer` (a module's name), `relu`;
+        - occlusion: `window`, `stride`, `baseline`, `batch_size`;
+        - lime: `segments` (number of superpixels, or a mask), `n_samples`, `kernel_width`, `baseline`, `seed`,
+          `batch_size`;
+        - shap: `segments`, `n_samples`, `baseline`, `seed`, `batch_size`.
+
+        A `baseline` is a number, one per channel or a tensor that broadcasts; `batch_size` (64) the most inputs
+        that a method puts through the model at once.
 
     Returns
     -------
@@ -82,7 +95,7 @@ def explain(
     ):
         sample = x.detach().clone() if x.is_inference() else x.detach()
         if several(target) and method != "lrp":
-            R = torch.stack([attribute(model, sample, one, **options) for one in columns(target)], 1)
+            R: Any = torch.stack([attribute(model, sample, one, **options) for one in columns(target)], 1)
         else:
             R = attribute(model, sample, target, **options)
     for name, relevance in R.items() if isinstance(R, dict) else [("", R)]:
@@ -91,7 +104,7 @@ def explain(
 
 
 def check_arguments(model: nn.Module, x: Tensor, integers: bool = False) -> None:
-    """Raise a UserError unless `model` is in evaluation mode and `x` a batch of floats, or with `integers` of tokens."""
+    """Raise a UserError unless `model` is in evaluation mode and `x` a batch of floats (or `integers`: of tokens)."""
     if not isinstance(model, nn.Module):
         raise UserError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     training = [name for name, module in model.named_modules() if module.training]

@@ -102,7 +102,8 @@ def class_indices(logits: Tensor, target: Target) -> Tensor:
     elif isinstance(target, Tensor) and target.dim() > 0:
         if target.dim() > 2 or len(target) != n or target.is_floating_point() or target.dtype == torch.bool:
             refuse(target, n, f"{target.dtype} of shape {tuple(target.shape)}")
-        index = target.to(logits.device, torch.int64).reshape(n, -1)
+        index = target.to(logits.device, torch.int64)
+        index = index[:, None] if index.dim() == 1 else index
     else:
         try:
             numbers = [t.__index__() for t in (target if isinstance(target, list | tuple) else [target])]  # type: ignore[union-attr]
