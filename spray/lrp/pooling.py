@@ -84,7 +84,7 @@ class ZeroPadding:
         def back(arrived: Sequence[Tensor | None]) -> Sequence[Tensor]:
             (R,) = arrived
             assert R is not None
-            return [R[(..., *inside)]]
+            return [R[(..., *inside)]]  # type: ignore[index]
 
         trace.tape.append(Node((record.slot,), (slot,), back, returns="shared", keeps_zeros=True))
         return z
