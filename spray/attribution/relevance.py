@@ -48,7 +48,8 @@ def lrp(
         The inner layer, or several, whose relevance is returned instead of the input's (see
         `spray.lrp.concepts`). Of several a mapping is returned; "" is the input.
     start : tuple of str and Concept, optional
-        The inner layer and the channels, direction or mask there that is explained instead of a class.
+        The inner layer and the channels, direction or mask there that is explained instead of a class. The
+        forward pass ends there, at the first call of a module that runs several times unless another is named.
     condition : mapping of str to Concept, optional
         Inner layers with the channels, direction or mask through which alone relevance passes there.
     relevance_dtype : torch.dtype or str, optional
@@ -63,6 +64,7 @@ def lrp(
     check_choice("fallback", fallback, ("error", "gradient"))
     if start is not None and (target is not None or contrast):
         raise UserError("start= explains an inner layer: leave target and contrast out")
+    check_concepts(layer, start, condition)
     model = getattr(model, "_orig_mod", model)  # what torch.compile made can't be traced
 
     def initial(output: Any) -> Tensor:
@@ -92,6 +94,18 @@ def lrp(
     return {name: results[name] for name in layers}
 
 
+def check_concepts(layer: Any, start: Any, condition: Any) -> None:
+    """Raise a UserError unless what is asked of inner layers has the right form."""
+    if isinstance(layer, Sequence) and not isinstance(layer, str) and not layer:
+        raise UserError('layer= names no layer; give at least one ("" is the input)')
+    if layer is not None and (not isinstance(layer, Sequence) or any(not isinstance(name, str) for name in layer)):
+        raise UserError(f"layer= must be the name of a layer or a list of names, not {layer!r}")
+    if start is not None and not (isinstance(start, Sequence) and len(start) == 2 and isinstance(start[0], str)):
+        raise UserError(f"start= must be a layer's name and a concept there, as ('features.3', 7), not {start!r}")
+    if condition is not None and not isinstance(condition, Mapping):
+        raise UserError(f"condition= must map layers' names to concepts, as {{'features.3': 7}}, not {condition!r}")
+
+
 def check_choice(option: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise a UserError unless an option has one of the values that are allowed."""
     if value not in allowed:
@@ -101,9 +115,9 @@ def check_choice(option: str, value: Any, allowed: Sequence[str]) -> None:
 def reduced_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return the dtype of the relevance, or raise a UserError if it can't be that."""
     allowed = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-    if dtype is None or dtype in allowed.values():
+    if dtype is None or any(dtype is one for one in allowed.values()):
         return dtype  # type: ignore[return-value]
-    if dtype not in allowed:
+    if not isinstance(dtype, str) or dtype not in allowed:
         raise UserError(
             f"unknown relevance_dtype {dtype!r}; allowed: {', '.join(allowed)} (float16 has too small a range)"
         )
