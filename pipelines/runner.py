@@ -32,7 +32,7 @@ from spray.storage import remove_leftovers, sha256
 if TYPE_CHECKING:
     from spray.pipelines.context import Context
 
-RESULT_FORMAT = 1
+RESULT_FORMAT = 2
 """Raised when a stage's results change though no setting does: older ones are then computed again."""
 
 

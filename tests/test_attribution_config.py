@@ -11,6 +11,7 @@ import small
 import torch
 
 from spray import explain
+from spray.errors import UserError
 
 OPTIONS = ("dataset.name=photos", "dataset.plant.kind=none", "dataset.per_class=4", "model.epochs=1", "device=cpu")
 FIRST = "stages=[train,attribute]"
@@ -89,3 +90,14 @@ def test_explain_takes_what_the_configuration_takes() -> None:
     mapping = {"first": {"rule": "z_box", "low": 0.0, "high": 1.0}, "convolution": {"rule": "gamma", "gamma": 0.1}}
     named = explain(model.eval(), x, 0, composite="epsilon_gamma_box", low=0.0, high=1.0, gamma=0.1)
     assert torch.equal(explain(model, x, 0, composite=mapping), named)
+
+
+def test_pass_hands_relevance_on_where_shapes_agree() -> None:
+    torch.manual_seed(0)
+    first, second, head = torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.Flatten()
+    model = torch.nn.Sequential(first, second, head).eval()
+    x = torch.rand(2, 1, 4, 4)
+    at_output = explain(model, x, 5, composite={"1": "pass"}, layer="1")
+    torch.testing.assert_close(explain(model, x, 5, composite={"1": "pass"}, layer="0"), at_output)
+    with pytest.raises(UserError, match="as many outputs as inputs"):
+        explain(model, x, 5, composite={"0": "pass"})

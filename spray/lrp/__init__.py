@@ -5,7 +5,7 @@ from __future__ import annotations
 from spray.lrp.composites import COMPOSITES, Composite, build_composite
 from spray.lrp.concepts import Concept
 from spray.lrp.engine import propagate, propagate_to
-from spray.lrp.rules import RULES, AlphaBeta, Epsilon, Flat, Gamma, Rule, WSquare, ZBox, Zero, ZPlus
+from spray.lrp.rules import RULES, AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, WSquare, ZBox, Zero, ZPlus
 
 __all__ = [
     "COMPOSITES",
@@ -16,6 +16,7 @@ __all__ = [
     "Epsilon",
     "Flat",
     "Gamma",
+    "Pass",
     "Rule",
     "WSquare",
     "ZBox",

@@ -242,6 +242,23 @@ class WSquare(Rule):
         return spread(f, f.w.square(), R)
 
 
+@RULES.register("pass")
+@dataclass(frozen=True)
+class Pass(Rule):
+    """Pass: R_j = R_k, for layers with as many outputs as inputs."""
+
+    uses_input: ClassVar[bool] = False
+    uses_output: ClassVar[bool] = False
+    proportional: ClassVar[bool] = False
+
+    def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        """See `Rule`."""
+        if R.shape[1:] != torch.Size(f.shape):
+            shapes = f"{tuple(f.shape)} to {tuple(R.shape[1:])}"
+            raise UserError(f"the rule 'pass' needs a layer with as many outputs as inputs, not from {shapes}")
+        return R.clone()
+
+
 @RULES.register("z_box")
 @dataclass(frozen=True, eq=False)
 class ZBox(Rule):
