@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spray.lrp.affine import affine
-from spray.lrp.handlers import Call, handles, leaf_of
+from spray.lrp.handlers import Call, handles, leaf_of, operands
 from spray.lrp.layers import FullyConnected, Product
 from spray.lrp.norms import bind
 from spray.lrp.operations import by_contribution
@@ -27,10 +27,10 @@ from spray.lrp.trace import Trace, known, record_of
 Bilinear = Callable[[Tensor, Tensor], Tensor]
 
 
-@handles("matmul mm bmm __matmul__ __rmatmul__")
+@handles("matmul mm bmm mv dot __matmul__ __rmatmul__")
 def matrix_product(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle the product of two matrices."""
-    a, b = (*args, *kwargs.values())[:2]
+    a, b = operands(args, kwargs)
     if func.__name__ == "__rmatmul__":
         a, b = b, a
     return contract(trace, torch.matmul, a, b)
@@ -93,21 +93,43 @@ def einsum(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     return by_contribution(trace, put, (operands[signals[0]],), {})
 
 
-@handles("addmm addbmm baddbmm addmv")
+@handles("tensordot")
+def tensordot(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
+    """Handle the contraction of two tensors over several dimensions."""
+    given = dict(zip(("a", "b", "dims"), args, strict=False)) | kwargs
+    dims = given.get("dims", 2)
+    return contract(trace, lambda a, b: torch.tensordot(a, b, dims), given["a"], given["b"])
+
+
+FACTORS = {
+    "addmm": ("mat1", "mat2"),
+    "addbmm": ("batch1", "batch2"),
+    "baddbmm": ("batch1", "batch2"),
+    "addmv": ("mat", "vec"),
+}
+
+
+@handles(" ".join(FACTORS))
 def product_plus(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle a product of matrices that is added to something."""
-    given, a, b = args
+    factors = FACTORS[func.__name__]
+    given = dict(zip(("input", *factors), args, strict=False)) | kwargs
+    alpha, beta = given.get("alpha", 1), given.get("beta", 1)
     with trace:
-        product = (torch.matmul(a, b).sum(0) if func.__name__ == "addbmm" else torch.matmul(a, b)) * kwargs.get(
-            "alpha", 1
-        )
-        return product + given * kwargs.get("beta", 1)
+        product = torch.matmul(*(given[name] for name in factors))
+        product = product.sum(0) if func.__name__ == "addbmm" else product
+        product = product if alpha == 1 else product * alpha
+        if beta == 0:  # then torch doesn't look at it
+            return product
+        return product + (given["input"] if beta == 1 else given["input"] * beta)
 
 
 @handles("softmax log_softmax _softmax")
 def softmax(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle the softmax: R_i = x_i (R_i − s_i Σ_j R_j)."""
     if func.__name__ != "softmax":
+        if trace.fallback is not None:
+            return trace.fallback(trace, func, args, kwargs)
         trace.fail(func.__name__)
     a = args[0] if args else kwargs["input"]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
@@ -136,7 +158,7 @@ def scaled_dot_product_attention(trace: Trace, func: Call, args: Any, kwargs: An
     q, k, v = given["query"], given["key"], given["value"]
     if given.get("dropout_p", 0.0) > 0:
         trace.fail("active dropout")
-    scale = given.get("scale") or 1 / math.sqrt(q.shape[-1])
+    scale = 1 / math.sqrt(q.shape[-1]) if given.get("scale") is None else given["scale"]
     mask = given.get("attn_mask")
     if given.get("is_causal", False):
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
@@ -147,12 +169,23 @@ def scaled_dot_product_attention(trace: Trace, func: Call, args: Any, kwargs: An
         return attend(q, k, v, scale, mask)[0]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return attention's output and weights; a boolean mask tells what may be seen, another is added."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, safe: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return attention's output and weights; a boolean mask tells what may be seen, another is added.
+
+    A query that sees nothing gets zeros if `safe`, else NaN.
+    """
     scores = (q * scale) @ k.transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1)
+    if mask is None:
+        weights = scores.softmax(-1)
+        return weights @ v, weights
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    blind = (scores == -math.inf).all(-1, keepdim=True)
+    if safe and bool(blind.any()):
+        weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+    else:
+        weights = scores.softmax(-1)
     return weights @ v, weights
 
 
@@ -177,7 +210,7 @@ def multi_head_attention(trace: Trace, func: Call, args: Any, kwargs: Any) -> tu
         length, n, width = q.shape
         q, k, v = (t.reshape(t.shape[0], n, heads, -1).permute(1, 2, 0, 3) for t in (q, k, v))
         mask = attention_mask(given, n, heads, q)
-        out, weights = attend(q, k, v, 1 / math.sqrt(q.shape[-1]), mask)
+        out, weights = attend(q, k, v, 1 / math.sqrt(q.shape[-1]), mask, safe=not given["need_weights"])
         out = out.permute(2, 0, 1, 3).reshape(length, n, width)
         out = F.linear(out, given["out_proj_weight"], given["out_proj_bias"])
         if given["average_attn_weights"]:

@@ -45,7 +45,8 @@ def leaf_of(t: Tensor) -> Tensor:
 
 def placeholder(trace: Trace, like: Tensor, shape: tuple[int, ...], **known: Any) -> Tensor:
     """Return a tensor that stands for a result to come; it has no memory of its own."""
-    empty = like.detach().new_empty(()).expand(shape)
+    # Not a number, so that whatever reads it unseen by the trace spoils the output, which is checked.
+    empty = like.detach().new_full((), float("nan")).expand(shape)
     return trace.mark(empty, **{"slot": Slot(), "waiting": True, **known})
 
 
@@ -66,6 +67,13 @@ def without_inplace(func: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     bound = parameters.bind(*args, **kwargs)
     in_place = bool(bound.arguments.pop("inplace", False))
     return bound.args, bound.kwargs, in_place
+
+
+def operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the two operands of a function, however they are passed."""
+    second = ("other", "exponent", "mat2", "vec", "tensor")
+    a, *rest = args or (kwargs["input"],)
+    return a, rest[0] if rest else next(kwargs[name] for name in second if name in kwargs)
 
 
 def sum_to(R: Tensor, shape: torch.Size) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from spray.lrp.handlers import Call, handles, signature
-from spray.lrp.operations import passes, scaled
+from spray.lrp.operations import passes
+from spray.lrp.products import scaled
 from spray.lrp.rules import divide, weigh
 from spray.lrp.tape import Node
 from spray.lrp.trace import Trace, known, record_of

@@ -1,19 +1,13 @@
-"""Operations without weights.
+"""Operations without weights that keep each value's meaning: sums, movement and activations.
 
 - Data movement and maxima: relevance goes where the values came from (plain autograd).
 - Sums, means and averages: relevance is divided by contribution (the norm rule).
 - Elementwise activations: relevance passes.
-- Products: relevance goes to the signal, none to the gate. The gate is the operand that carries no relevance
-  (constants, parameters); of two that do, the one that comes from a sigmoid, hard sigmoid or a statistic
-  (a norm, a variance), else the one that comes from another bounded activation; of two alike, each gets
-  half (Achtibat et al. 2024, eq. 15).
-- Statistics (squares, roots, exponentials) can only be gates: relevance that would have to flow through one
-  is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from spray.lrp.handlers import Call, handles, leaf_of, placeholder, sum_to, without_inplace
+from spray.lrp.handlers import Call, handles, leaf_of, placeholder, without_inplace
 from spray.lrp.rules import divide, overwrite, weigh
 from spray.lrp.tape import Node, Slot, vjp
 from spray.lrp.trace import Trace, carriers, known, names, record_of
@@ -61,8 +55,8 @@ class Sum:
                 half = R / 2
                 return half, half.clone()
             if split == "magnitude":
-                share = a.abs().div_(a.abs().add_(b.abs()).add_(epsilon or torch.finfo(dtype).tiny))
-                return R * share, R * (1 - share)
+                s = R / a.abs().add_(b.abs()).add_(epsilon or torch.finfo(dtype).tiny)
+                return s * a.abs(), s * b.abs()
             rectified = rectify and not slot.loose
             s = (
                 overwrite(R, out + epsilon)
@@ -92,7 +86,7 @@ def add(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     return placeholder(trace, terms[0], tuple(terms[0].shape), deferred=Sum(values, (a.slot, b.slot), facts), **facts)
 
 
-@handles(f"sub subtract __sub__ __rsub__ rsub interpolate upsample {' '.join(SAME_SIGN)}")
+@handles(f"sub subtract __sub__ __rsub__ rsub cumsum fold interpolate upsample {' '.join(SAME_SIGN)}")
 def by_contribution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle a sum of its inputs: R_j = Σ_k a_j c_jk / z_k R_k (the norm rule)."""
     parents = carriers(args, kwargs)
@@ -100,8 +94,11 @@ def by_contribution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     with torch.enable_grad():
         args, kwargs = tree_map_only(Tensor, lambda t: leaves.get(id(t), t.detach()), (args, kwargs))
         graph = func(*args, **kwargs)
+    if not isinstance(graph, Tensor) or graph.is_complex():
+        trace.fail(f"{func.__name__}, which returns complex numbers or several tensors")
     inputs, values, epsilon = list(leaves.values()), graph.detach(), trace.epsilon(graph.dtype)
-    same_sign = func.__name__ in SAME_SIGN or (func.__name__ == "add" and len(parents) == 2)
+    sum_of_two = func.__name__ == "add" and len(parents) == 2 and kwargs.get("alpha", 1) >= 0
+    same_sign = func.__name__ in SAME_SIGN or sum_of_two
     z = trace.mark(
         values.view_as(values),
         parents,
@@ -137,8 +134,13 @@ MAXIMA = (
     "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices "
     "max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
     "adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices "
-    "adaptive_max_pool3d_with_indices max amax maximum min amin minimum sort topk"
+    "adaptive_max_pool3d_with_indices max amax maximum min amin minimum sort msort topk median nanmedian kthvalue "
+    "mode cummax cummin aminmax"
 )
+# Of their second tensor they take the shape or dtype alone.
+LIKE = names("view_as reshape_as expand_as type_as to")
+# Their whole numbers say where, not what.
+POSITIONS = names("gather __getitem__ index_select take_along_dim repeat_interleave")
 # The first always, the next if they can, see the memory of their argument.
 VIEWS = names("view view_as")
 VIEWS_IF_CONTIGUOUS = names("reshape reshape_as flatten unflatten ravel")
@@ -148,9 +150,12 @@ KEEP_CONTIGUOUS = VIEWS | VIEWS_IF_CONTIGUOUS | names("squeeze unsqueeze contigu
 @handles(f"{SHAPES} {PARTS} {COPIES} {MAXIMA}")
 def move(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
     """Handle an operation whose outputs are inputs, elsewhere: relevance goes back where each came from."""
-    parents = [t for t in carriers(args, kwargs) if t.is_floating_point()]  # an index moves nothing
-    leaves = {id(t): leaf_of(t) for t in parents}
     name = func.__name__
+    moved = (args[:1], kwargs.get("input")) if name in LIKE else (args, kwargs)
+    parents = [t for t in carriers(moved) if t.is_floating_point()]  # an index moves nothing
+    if not parents:
+        return func(*args, **kwargs)
+    leaves = {id(t): leaf_of(t) for t in parents}
     contiguous = known(parents[0]).contiguous
     if name == "contiguous" and contiguous and len(args) == 1 and not kwargs:
         return parents[0]
@@ -162,13 +167,7 @@ def move(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
             if name != "view" or isinstance(given[1], torch.dtype):
                 raise
             graph = torch.reshape(given[0], given[1] if isinstance(given[1], tuple | list) else given[1:])
-    constants = any(
-        isinstance(leaf, Tensor) and leaf.is_floating_point() and not record_of(leaf)
-        for leaf in tree_leaves((args, kwargs))
-    )
-    nonnegative = all(known(p).nonnegative for p in parents) and not constants
-    if name in ("pad", "constant_pad_nd", "masked_fill", "where"):
-        nonnegative &= all(not isinstance(v, int | float) or v >= 0 for v in [*args[2:], kwargs.get("value")])
+    nonnegative = all(known(p).nonnegative for p in parents) and not negative_constants(name, args, kwargs)
     facts = {"nonnegative": nonnegative, "gate": min(known(p).gate for p in parents)}
     originals = {id(leaves[id(t)]): t for t in parents}
     outputs: list[Tensor] = []
@@ -201,6 +200,19 @@ def move(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
     return result
 
 
+def negative_constants(name: str, args: Any, kwargs: Any) -> bool:
+    """Return whether what isn't moved but put in (by `where`, `masked_fill`, ...) may be negative."""
+    numbers = tree_leaves((args, kwargs)) if name == "where" else [*args[2:], kwargs.get("value")]
+    filled = name in ("pad", "constant_pad_nd", "masked_fill", "where")
+    return (filled and any(isinstance(v, int | float) and v < 0 for v in numbers)) or any(
+        isinstance(leaf, Tensor)
+        and not record_of(leaf)
+        and leaf.dtype != torch.bool
+        and (leaf.is_floating_point() or name not in POSITIONS)
+        for leaf in tree_leaves((args, kwargs))
+    )
+
+
 # Elementwise operations
 
 SIGMOIDS = names("sigmoid hardsigmoid")
@@ -212,6 +224,9 @@ ZERO_AT_ZERO = names(
 )
 OTHERS = "softplus logsigmoid log_sigmoid threshold _threshold clamp clip clamp_min clamp_max"
 
+# A gate stays one when it is negated or cut off.
+KEEP_GATES = names("neg negative positive abs clamp clip clamp_min clamp_max")
+
 
 @handles(f"{' '.join(SIGMOIDS | BOUNDED | ZERO_AT_ZERO)} {OTHERS}")
 def elementwise(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
@@ -221,11 +236,13 @@ def elementwise(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     if len(carriers(args, kwargs)) > 1:
         trace.fail(f"{func.__name__} with parameters that depend on the input")
     name, rest = func.__name__, args[1:]
+    bounds = {"min": None, "max": None, **dict(zip(("min", "max"), rest, strict=False)), **kwargs}
+    bounded = name in BOUNDED or (name in ("clamp", "clip") and None not in (bounds["min"], bounds["max"]))
     z = trace.mark(
         func(a, *rest, **kwargs),
         [a],
         nonnegative=name in NONNEGATIVE or (name == "hardtanh" and (rest or [kwargs.get("min_val", -1)])[0] >= 0),
-        gate=2 if name in SIGMOIDS else int(name in BOUNDED),
+        gate=2 if name in SIGMOIDS else max(int(bounded), known(a).gate if name in KEEP_GATES else 0),
     )
     passes(trace, a, z, keeps_zeros=name in ZERO_AT_ZERO)
     if in_place:
@@ -243,116 +260,6 @@ def dropout(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle dropout, which does nothing in evaluation mode."""
     names = ("input", "p", "training")
     given = dict(zip(names, args, strict=False)) | kwargs
-    if given.get("training", given.get("train", True)):
+    if given.get("training", given.get("train", True)) and given.get("p", 0.5) > 0:
         trace.fail("active dropout")
     return given["input"]
-
-
-# Products
-
-
-@handles("mul multiply __mul__ __rmul__")
-def product(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
-    """Handle a product of a signal, which gets the relevance, with a gate; two signals get half each."""
-    a, b = (*args, *kwargs.values())[:2]
-    gates = [known(t).gate if isinstance(t, Tensor) and record_of(t) else 3 for t in (a, b)]
-    if gates[0] == gates[1]:
-        return product_of_signals(trace, a, b)
-    signal, gate = (a, b) if gates[0] < gates[1] else (b, a)
-    return scaled(trace, torch.mul, signal, gate)
-
-
-def product_of_signals(trace: Trace, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a * b``; each gets half of the relevance (Achtibat et al. 2024, eq. 15)."""
-    z = trace.mark(
-        torch.mul(a.detach(), b.detach()),
-        [a, b],
-        nonnegative=known(a).nonnegative and known(b).nonnegative,
-        gate=min(known(a).gate, known(b).gate),
-    )
-    shapes = a.shape, b.shape
-
-    def back(arrived: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        (R,) = arrived
-        assert R is not None
-        return [sum_to(R / 2, shape) for shape in shapes]
-
-    trace.tape.append(Node((known(a).slot, known(b).slot), (known(z).slot,), back, keeps_zeros=True))
-    return z
-
-
-@handles("div divide true_divide __truediv__ __rdiv__ __rtruediv__")
-def quotient(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
-    """Handle a division: the divisor is a gate."""
-    signal, divisor = (*args, *kwargs.values())[:2]
-    if func.__name__ in ("__rdiv__", "__rtruediv__"):
-        signal, divisor = divisor, signal
-    if kwargs.get("rounding_mode") is not None or not carriers(signal):
-        return statistic(trace, func, args, kwargs)
-    return scaled(trace, torch.div, signal, divisor)
-
-
-def scaled(trace: Trace, func: Call, signal: Tensor, gate: Any) -> Tensor:
-    """Return ``func(signal, gate)``, whose relevance goes to the signal."""
-    record = known(signal)
-    gate_nonnegative = gate >= 0 if not isinstance(gate, Tensor) else bool(record_of(gate) and known(gate).nonnegative)
-    constant = gate.detach() if isinstance(gate, Tensor) else gate
-    z = trace.mark(
-        func(signal.detach(), constant),
-        [signal],
-        nonnegative=record.nonnegative and gate_nonnegative,
-        gate=record.gate,
-    )
-    if z.shape == signal.shape:
-        passes(trace, signal, z, keeps_zeros=True)
-    else:
-        shape = signal.shape
-
-        def back(arrived: Sequence[Tensor | None]) -> Sequence[Tensor]:
-            (R,) = arrived
-            assert R is not None
-            return [sum_to(R, shape)]
-
-        trace.tape.append(Node((record.slot,), (known(z).slot,), back, keeps_zeros=True))
-    return z
-
-
-@handles(
-    "pow __pow__ __rpow__ square sqrt rsqrt reciprocal exp exp2 expm1 log log2 log10 log1p var std norm vector_norm "
-    "linalg_norm linalg_vector_norm matrix_norm var_mean std_mean logsumexp prod floor_divide floor ceil round sign "
-    "remainder fmod erf sin cos"
-)
-def statistic(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
-    """Handle a function that no rule divides relevance for: its results can be gates, but not signals."""
-    parents = carriers(args, kwargs)
-    if trace.fallback is not None and func.__name__ not in ("var_mean", "std_mean"):
-        result = trace.fallback(trace, func, args, kwargs)
-        known(result).gate = 2
-        return result
-    result = func(*args, **kwargs)
-    what, place = func.__name__, trace.place()
-
-    def back(arrived: Sequence[Tensor | None]) -> Sequence[None]:
-        if any(bool(R.any()) for R in arrived if R is not None):
-            trace.fail(what, place=place)
-        return [None] * len(parents)
-
-    if what in ("var_mean", "std_mean"):
-        mean = by_contribution(trace, torch.mean, *mean_of(args, kwargs))
-        return statistic_output(trace, result[0], parents, back), mean
-    return tree_map_only(Tensor, lambda t: statistic_output(trace, t, parents, back), result)
-
-
-def statistic_output(trace: Trace, t: Tensor, parents: list[Tensor], back: Callable[..., Any]) -> Tensor:
-    """Return a statistic with its record: it is taken for a gate."""
-    if not t.is_floating_point():
-        return t
-    z = trace.mark(t.detach(), parents, gate=2)
-    trace.tape.append(Node(tuple(known(p).slot for p in parents), (known(z).slot,), back))
-    return z
-
-
-def mean_of(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the arguments of the mean in a call of `var_mean` or `std_mean`."""
-    kept = {key: value for key, value in kwargs.items() if key in ("input", "dim", "keepdim")}
-    return args[:2] if len(args) < 2 or not isinstance(args[1], bool) else args[:1], kept
