@@ -247,7 +247,9 @@ def test_mapping_reaches_the_named_layer() -> None:
     [
         ("epsilon_plus_flatt", {}, "did you mean 'epsilon_plus_flat'"),
         ("epsilon_plus", {"gamma": 0.1}, "takes no option gamma; allowed: epsilon"),
-        ("lrp_0", {"epsilon": 0.1}, "allowed: none"),
+        ("lrp_0", {"epsilon": 0.1}, "takes no option epsilon; allowed: addition, normalization, zero_bias"),
+        ("lrp_0", {"addition": "halves"}, "unknown addition .halves.; allowed: norm, equal, magnitude"),
+        ("epsilon", {"zero_bias": 2}, "unknown zero_bias 2; allowed: False, True"),
         ("epsilon_gamma_box", {"low": 0}, "needs high="),
         ("epsilon_gamma_box", {}, "needs low= and high="),
         ("deep_taylor", {"high": 0}, "needs low="),
