@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,22 +77,40 @@ def lrp(
         return weights if init == "one" else weights * logits.detach()
 
     layers = [] if layer is None else [layer] if isinstance(layer, str) else list(layer)
-    results = propagate_to(
-        model,
-        x,
-        build_composite(composite, model, **options),
-        initial,
-        layers=[name for name in layers if name],
-        start=start,
-        conditions=condition,
-        relevance_dtype=reduced_dtype(relevance_dtype),
-        fallback=fallback,
-    )
+    with uncompiled(model):
+        results = propagate_to(
+            model,
+            x,
+            build_composite(composite, model, **options),
+            initial,
+            layers=[name for name in layers if name],
+            start=start,
+            conditions=condition,
+            relevance_dtype=reduced_dtype(relevance_dtype),
+            fallback=fallback,
+        )
     one = start is not None or not several(target)
     results = {name: R if start else R[0] if one else R.transpose(0, 1) for name, R in results.items()}
     if layer is None or isinstance(layer, str):
         return results[layer or ""]
-    return {name: results[name] for name in layers}
+    return {name: own(results[name], [results[other] for other in layers[:k]]) for k, name in enumerate(layers)}
+
+
+def own(R: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Return relevance in memory of its own: it may have passed from one of the other layers unchanged."""
+    shared = any(R.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in others)
+    return R.clone() if shared else R
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run the parts of a model that `torch.compile` has compiled as they were written: only so they can be traced."""
+    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+    if not compiled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def check_concepts(layer: Any, start: Any, condition: Any) -> None:

@@ -94,7 +94,7 @@ def weights_of(concept: Concept, a: Tensor, dim: int, layer: str) -> tuple[Tenso
     channels = a.shape[dim]
     allowed = f"a channel from 0 to {channels - 1}, a list of them, a direction ({channels},) or a mask"
     if isinstance(concept, np.ndarray):
-        concept = torch.as_tensor(concept)
+        concept = torch.as_tensor(concept, device=a.device)
     if isinstance(concept, Tensor) and concept.dim() == a.dim() - 1 and concept.dim() > 1:
         try:
             return concept.to(a).expand(a.shape[1:])[None], False
@@ -115,12 +115,12 @@ def weights_of(concept: Concept, a: Tensor, dim: int, layer: str) -> tuple[Tenso
         return (h / h.norm()).view(shape), True
     if isinstance(concept, Tensor) and concept.dtype == torch.bool and concept.shape == (channels,):
         concept = concept.nonzero().flatten()
-    return a.new_zeros(channels).index_fill(0, channel_indices(concept, channels, layer, allowed).to(a.device), 1).view(
+    return a.new_zeros(channels).index_fill(0, channel_indices(concept, channels, layer, allowed, a.device), 1).view(
         shape
     ), False
 
 
-def channel_indices(concept: Concept, channels: int, layer: str, allowed: str) -> Tensor:
+def channel_indices(concept: Concept, channels: int, layer: str, allowed: str, device: torch.device) -> Tensor:
     """Return a channel, or several, as an int64 tensor; raise a UserError if it is none."""
     many = concept.tolist() if isinstance(concept, Tensor) else concept
     many = list(many) if isinstance(many, Iterable) and not isinstance(many, str | bytes) else [many]
@@ -132,7 +132,7 @@ def channel_indices(concept: Concept, channels: int, layer: str, allowed: str) -
         raise UserError(f"{concept!r} is no concept of layer {layer!r}; allowed: {allowed}") from None
     if not chosen or min(chosen) < 0 or max(chosen) >= channels:
         raise UserError(f"layer {layer!r} has no channels {chosen}; allowed: {allowed}")
-    return torch.tensor(chosen, dtype=torch.int64)
+    return torch.tensor(chosen, dtype=torch.int64, device=device)
 
 
 def start_relevance(concept: Concept, a: Tensor, module: int, layer: str) -> Tensor:
