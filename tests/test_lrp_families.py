@@ -115,7 +115,6 @@ TIMM = [
     "coat_lite_tiny",
     "coatnet_pico_rw_224",
     "convnextv2_atto",
-    "pit_ti_224",
     "davit_tiny",
     "deit3_small_patch16_224",
     "dla34",
@@ -132,6 +131,7 @@ TIMM = [
     "mobilenetv4_conv_small",
     "mobilevitv2_050",
     "nf_regnet_b0",
+    "pit_ti_224",
     "poolformerv2_s12",
     "pvt_v2_b0",
     "regnety_002",
@@ -147,8 +147,8 @@ TIMM = [
     "vit_small_patch16_dinov3",
     "vit_tiny_patch16_224",
     "volo_d1_224",
-    "xcit_nano_12_p16_224",
     "xception41",
+    "xcit_nano_12_p16_224",
 ]
 
 

@@ -216,6 +216,14 @@ def test_products_with_constants_are_linear_layers(operation: Any, equivalent: A
         close(relevance(by(operation), composite), relevance(by(equivalent), composite), 1e-4)
 
 
+@pytest.mark.parametrize("rule", ["z_plus", "gamma", "epsilon"])
+@pytest.mark.parametrize("zero_bias", [False, True])
+def test_addmm_is_a_linear_layer_with_its_bias(rule: str, zero_bias: bool) -> None:
+    composite = {"linear": rule, "zero_bias": zero_bias}
+    by_addmm = relevance(lambda m, x: torch.addmm(m.fc.bias, m.c1(x).mean((2, 3)), m.fc.weight.T), composite)
+    close(by_addmm, relevance(lambda m, x: head(m, m.c1(x)), composite), 1e-12)
+
+
 MASK = torch.arange(6) % 2 == 0
 NEGATIVE = torch.tensor(-1.0, dtype=torch.float64)
 EDGE = NEGATIVE.expand(2, 6, 6, 1)

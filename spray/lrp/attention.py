@@ -22,7 +22,7 @@ from spray.lrp.norms import bind
 from spray.lrp.operations import by_contribution
 from spray.lrp.rules import divide
 from spray.lrp.tape import Node, vjp
-from spray.lrp.trace import Trace, known, record_of
+from spray.lrp.trace import Trace, carriers, known, record_of
 
 Bilinear = Callable[[Tensor, Tensor], Tensor]
 
@@ -115,13 +115,17 @@ def product_plus(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     factors = FACTORS[func.__name__]
     given = dict(zip(("input", *factors), args, strict=False)) | kwargs
     alpha, beta = given.get("alpha", 1), given.get("beta", 1)
+    a, weight = (given[name] for name in factors)
+    bias = given["input"]
     with trace:
-        product = torch.matmul(*(given[name] for name in factors))
+        if func.__name__ == "addmm" and alpha == beta == 1 and bias.dim() == 1 and not carriers(bias, weight):
+            return F.linear(a, weight.mT, bias)
+        product = torch.matmul(a, weight)
         product = product.sum(0) if func.__name__ == "addbmm" else product
         product = product if alpha == 1 else product * alpha
         if beta == 0:  # then torch doesn't look at it
             return product
-        return product + (given["input"] if beta == 1 else given["input"] * beta)
+        return product + (bias if beta == 1 else bias * beta)
 
 
 @handles("softmax log_softmax _softmax")
