@@ -277,8 +277,10 @@ def test_threads_do_not_see_each_other() -> None:
             if not all(torch.equal(a, b) for a, b in zip(result, expected[job], strict=True)):
                 wrong.append(f"{jobs[job]}: other values")
 
+    untrained = network(5)
+
     def train() -> list[float]:
-        own = network(5).train()
+        own = copy.deepcopy(untrained).train()
         own[8] = nn.Identity()  # what draws no random numbers
         optimizer = torch.optim.SGD(own.parameters(), 0.01)
         losses = []
@@ -303,6 +305,23 @@ def test_threads_do_not_see_each_other() -> None:
     after = everything(model)
     assert after["global hooks"] == before["global hooks"]
     assert after["weights"] == before["weights"]
+
+
+@pytest.mark.xfail(strict=True, reason="the state of torch's one generator is put back although another thread drew")
+def test_random_numbers_of_other_threads_do_not_repeat() -> None:
+    drawn: list[Tensor] = []
+
+    def draw(x: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: drawn.append(torch.rand(4)))
+        thread.start()
+        thread.join()
+        return x
+
+    model = network()
+    model[8] = Failing(draw).eval()
+    explain(model, images(), 1)
+    drawn.append(torch.rand(4))
+    assert not torch.equal(drawn[0], drawn[1])
 
 
 # Nothing is remembered
