@@ -83,7 +83,7 @@ GATES: dict[str, Forward] = {
     "norm": lambda m, y: y.norm(dim=(2, 3), keepdim=True),
     "inverse norm": lambda m, y: 1 / y.norm(dim=(2, 3), keepdim=True).clamp(min=1e-6),
     "standard deviation": lambda m, y: torch.rsqrt(y.var((2, 3), keepdim=True) + 1e-5),
-    "mean square": lambda m, y: y.square().mean((2, 3), keepdim=True),
+    "root mean square": lambda m, y: y.square().mean((2, 3), keepdim=True).sqrt(),
     "exponential": lambda m, y: y.exp() / y.exp().sum(1, keepdim=True),
     "logarithm": lambda m, y: (1 + y**2).log(),
     "error function": lambda m, y: 0.5 * (1 + torch.erf(y / 2**0.5)),
@@ -154,6 +154,39 @@ def test_two_signals_get_half_each() -> None:
 )
 def test_whole_powers_are_products(power: Any, product: Any) -> None:
     close(relevance(lambda m, x: head(m, power(m.c1(x)))), relevance(lambda m, x: head(m, product(m.c1(x)))), 1e-12)
+
+
+@pytest.mark.parametrize("activation", [torch.tanh, torch.relu, F.hardtanh])
+def test_weights_of_a_softmax_and_what_they_weigh_get_half_each(activation: Any) -> None:
+    """As a product of elements and a sum, and as a product of matrices."""
+    torch.manual_seed(0)
+    values, scores = nn.Linear(3, 4).double(), nn.Linear(3, 1).double()
+    fc = nn.Linear(4, 2).double()
+
+    def elements(m: Any, x: Tensor) -> Tensor:
+        return m.fc((activation(m.values(x)) * m.scores(x).softmax(1)).sum(1))
+
+    def matrices(m: Any, x: Tensor) -> Tensor:
+        return m.fc((m.scores(x).softmax(1).mT @ activation(m.values(x))).squeeze(1))
+
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    results = [
+        explain(Net(f, values=values, scores=scores, fc=fc).eval(), x, 0, composite="lrp_0")
+        for f in (elements, matrices)
+    ]
+    close(*results)
+
+
+def test_a_square_is_a_signal_beside_a_gate() -> None:
+    def squared(m: Any, x: Tensor) -> Tensor:
+        y = m.c1(x)
+        return head(m, y.relu().square() * torch.sigmoid(m.c2(y)) * y.norm())
+
+    def constant(m: Any, x: Tensor) -> Tensor:
+        y = m.c1(x)
+        return head(m, y.relu().square() * torch.sigmoid(m.c2(y)).detach() * y.norm().detach())
+
+    close(relevance(squared), relevance(constant), 1e-12)
 
 
 def other(m: Any, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from spray.lrp.handlers import Call, handles, leaf_of, operands
 from spray.lrp.layers import FullyConnected, Product
 from spray.lrp.norms import bind
 from spray.lrp.operations import by_contribution
+from spray.lrp.products import WEIGHTS
 from spray.lrp.rules import divide
 from spray.lrp.tape import Node, vjp
 from spray.lrp.trace import Trace, carriers, known, record_of
@@ -140,7 +141,7 @@ def softmax(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     if dim is None:
         trace.fail("a softmax whose dimension isn't given")
     dim %= a.dim()
-    z = trace.mark(func(*args, **kwargs).detach(), [a], nonnegative=True)
+    z = trace.mark(func(*args, **kwargs).detach(), [a], nonnegative=True, gate=WEIGHTS)
     x, s = a.detach(), z.detach()
 
     def back(arrived: Sequence[Tensor | None]) -> Sequence[Tensor]:

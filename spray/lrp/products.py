@@ -3,7 +3,8 @@
 - Products: relevance goes to the signal, none to the gate. The gate is the operand that carries no relevance
   (constants, parameters); of two that do, the one that comes from a sigmoid, hard sigmoid or a statistic
   (a norm, a variance), else the one that comes from another bounded activation; of two alike, each gets
-  half (Achtibat et al. 2024, eq. 15).
+  half (Achtibat et al. 2024, eq. 15), and so do the weights of a softmax and what they weigh, as in a
+  product of matrices.
 - Whole powers are products of equal signals: among these the relevance is divided, so that it passes.
 - Other statistics (roots, exponentials, variances) can only be gates: relevance that would have to flow through
   one is an error.
@@ -23,13 +24,16 @@ from spray.lrp.operations import passes
 from spray.lrp.tape import Node
 from spray.lrp.trace import Trace, carriers, known, record_of
 
+# The `gate` of the weights that a softmax gives.
+WEIGHTS = -1
+
 
 @handles("mul multiply __mul__ __rmul__")
 def product(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle a product of a signal, which gets the relevance, with a gate; two signals get half each."""
     a, b = operands(args, kwargs)
     gates = [known(t).gate if isinstance(t, Tensor) and record_of(t) else 3 for t in (a, b)]
-    if gates[0] == gates[1]:
+    if gates[0] == gates[1] or (WEIGHTS in gates and max(gates) < 2):
         return product_of_signals(trace, a, b)
     signal, gate = (a, b) if gates[0] < gates[1] else (b, a)
     return scaled(trace, torch.mul, signal, gate)
@@ -41,7 +45,7 @@ def product_of_signals(trace: Trace, a: Tensor, b: Tensor) -> Tensor:
         torch.mul(a.detach(), b.detach()),
         [a, b],
         nonnegative=known(a).nonnegative and known(b).nonnegative,
-        gate=min(known(a).gate, known(b).gate),
+        gate=max(0, min(known(a).gate, known(b).gate)),
     )
     shapes = a.shape, b.shape
 
@@ -120,7 +124,8 @@ def power(trace: Trace, func: Call, args: Any, kwargs: Any) -> Any:
     whole = isinstance(exponent, int | float) and exponent >= 1 and float(exponent).is_integer()
     if not whole:
         return statistic(trace, func, args, kwargs)
-    z = trace.mark(func(*args, **kwargs).detach(), [a], nonnegative=known(a).nonnegative or exponent % 2 == 0, gate=2)
+    nonnegative = known(a).nonnegative or exponent % 2 == 0
+    z = trace.mark(func(*args, **kwargs).detach(), [a], nonnegative=nonnegative, gate=known(a).gate)
     passes(trace, a, z, keeps_zeros=True)
     return z
 
