@@ -269,6 +269,12 @@ def test_what_has_no_rule_is_refused(forward: Any, message: str) -> None:
         explain(model, torch.randn(2, 3, 6, 6), 0)
 
 
+def test_values_that_are_read_unseen_are_not_made_up() -> None:
+    model = Net(lambda m, x: head(m, m.c1(x) + nn.Parameter(m.c1(x))), **modules()).eval()
+    with pytest.raises(UserError, match="not finite"):
+        explain(model, torch.randn(2, 3, 6, 6), 0)
+
+
 def test_error_names_the_module() -> None:
     class Exponential(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
