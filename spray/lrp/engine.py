@@ -103,25 +103,28 @@ def propagate_to(
     source = Slot()
     trace.mark(a := a.view_as(a), slot=source)
     output: Any
-    reached: Reached | None = None
+    channel_dim: int | None = None
     with torch.enable_grad(), watch.watching(trace), trace:
         try:
             output = model(a)
         except Reached as signal:
-            output, reached = signal.output, signal
+            output, channel_dim = signal.output, signal.dim
+        finally:
+            if trace.random is not None:
+                trace.random.put_back()
     watch.check()
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if isinstance(output, Tensor):
             output = trace.current(output)
-        if reached is not None and start is not None:
-            R = start_relevance(start[1], output.detach(), reached.module, start[0])
+        if channel_dim is not None and start is not None:
+            R = start_relevance(start[1], output.detach(), channel_dim, start[0])
         else:
             assert initial is not None
             R = initial(output)
         if record_of(output) is None:
             raise UserError("the model's output does not depend on its input: there is no relevance to propagate")
         single, first = R.dim() == output.dim(), known(output).slot
-        reached = output = None  # so that the sweep can free what it has passed
+        output = None  # so that the sweep can free what it has passed
         trace.tape.play(first, R[None] if single else R, loose=True)
         dtype = x.dtype if x.is_floating_point() else R.dtype
         arrived = {"": source.relevance, **{layer: capture.relevance for layer, capture in watch.captures.items()}}

@@ -303,6 +303,13 @@ class BatchNorm:
     bias: Tensor | None
     eps: float
 
+    def shift(self, a: Tensor) -> Tensor:
+        """Return what is added to every channel of an input `a`, whatever its values are."""
+        scale = torch.rsqrt(self.var + self.eps)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -self.mean * scale if self.bias is None else self.bias - self.mean * scale
+        return shift.to(a.dtype).view(-1, *[1] * (a.dim() - 2))
+
     def merge(self, map: LinearMap, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return weight and bias of the one affine layer that is a layer followed by this normalisation."""
         scale = torch.rsqrt(self.var + self.eps)

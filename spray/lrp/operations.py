@@ -57,12 +57,10 @@ class Sum:
             if split == "magnitude":
                 s = R / a.abs().add_(b.abs()).add_(epsilon or torch.finfo(dtype).tiny)
                 return s * a.abs(), s * b.abs()
-            rectified = rectify and not slot.loose
-            s = (
-                overwrite(R, out + epsilon)
-                if rectified and epsilon
-                else divide(R, out if rectified else a + b, epsilon)
-            )
+            if rectify and epsilon and not slot.loose:
+                s = overwrite(R, out + epsilon)
+            else:
+                s = divide(R, a + b if rectify and slot.loose else out, epsilon)
             return s * a, weigh(s, b)
 
         trace.tape.append(Node(self.sources, (slot,), back, proportional=split != "equal"))
@@ -74,7 +72,8 @@ def add(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle an addition: the sum of two signals waits for a ReLU."""
     terms = carriers(args)
     same = len(terms) == 2 and terms[0].shape == terms[1].shape and terms[0].dtype == terms[1].dtype
-    if not same or kwargs or not terms[0].is_floating_point():
+    plain = not set(kwargs) - {"alpha"} and kwargs.get("alpha", 1) == 1
+    if not same or not plain or not terms[0].is_floating_point():
         return by_contribution(trace, torch.add, args, kwargs)
     a, b = (known(t) for t in terms)
     facts = {
@@ -89,6 +88,11 @@ def add(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
 @handles(f"sub subtract __sub__ __rsub__ rsub cumsum fold interpolate upsample {' '.join(SAME_SIGN)}")
 def by_contribution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     """Handle a sum of its inputs: R_j = Σ_k a_j c_jk / z_k R_k (the norm rule)."""
+    return divided_by_contribution(trace, func, args, kwargs)
+
+
+def divided_by_contribution(trace: Trace, func: Call, args: Any, kwargs: Any, offset: Tensor | None = None) -> Tensor:
+    """Return ``func(*args, **kwargs)``, a sum of its inputs and of an `offset` that gets no relevance."""
     parents = carriers(args, kwargs)
     leaves = {id(t): leaf_of(t) for t in parents}
     with torch.enable_grad():
@@ -109,7 +113,8 @@ def by_contribution(trace: Trace, func: Call, args: Any, kwargs: Any) -> Tensor:
     def back(arrived: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (R,) = arrived
         assert R is not None
-        products = vjp([graph], inputs, [divide(R.to(values.dtype), values, epsilon)])
+        summed = values if offset is None else values - offset
+        products = vjp([graph], inputs, [divide(R.to(values.dtype), summed, epsilon)])
         return [None if g is None else g * a.detach() for g, a in zip(products, inputs, strict=True)]
 
     slots = {id(t): known(t).slot for t in parents}

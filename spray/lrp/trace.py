@@ -51,6 +51,13 @@ METADATA = names(
 )
 
 
+# What draws random numbers.
+RANDOM = names(
+    "rand randn randint randperm rand_like randn_like randint_like normal bernoulli multinomial poisson normal_ "
+    "uniform_ bernoulli_ random_ exponential_ geometric_ log_normal_ cauchy_ dropout alpha_dropout rrelu"
+)
+
+
 @dataclass
 class Memory:
     """Storage that tensors share; `version` counts the in-place operations on it."""
@@ -121,6 +128,20 @@ def carriers(*trees: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor) and record_of(leaf)]
 
 
+class RandomState:
+    """The state of the random generators, to put it back."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def put_back(self) -> None:
+        """Undo the draws since."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
 class Trace(TorchFunctionMode):
     """The mode under which the model runs.
 
@@ -160,6 +181,7 @@ class Trace(TorchFunctionMode):
         self.fallback = fallback
         self.integers = integers
         self.tape = Tape()
+        self.random: RandomState | None = None
         self.modules = {id(module): name for name, module in model.named_modules()}
         self.layers = {
             id(parameter): name
@@ -249,6 +271,8 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         given, given_kwargs = args, kwargs or {}
         name = name_of(func)
+        if name in RANDOM and self.random is None:
+            self.random = RandomState()  # only then: other threads may draw from the same generator
         in_place = name in INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
         base = (INPLACE_OPERATORS.get(name) or name[:-1]) if in_place else name
         values = base not in self.lazy and base not in METADATA
