@@ -245,6 +245,7 @@ FLOATS = torch.linspace(-2, 2, L * L, dtype=torch.float64).view(L, L)
 PER_HEAD = torch.linspace(-2, 2, N * HEADS * L * L, dtype=torch.float64).sin().view(N * HEADS, L, L)
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize(
@@ -349,6 +350,7 @@ def test_multi_head_attention_is_linear_layers_and_attention(
     close(result, compare_outputs(Model(written_out, layer), x), tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_encoders_and_decoders(norm_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(E, HEADS, 16, norm_first=norm_first, batch_first=True)
