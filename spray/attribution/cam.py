@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spray.attribution.gradients import for_two, strays_alone
 from spray.attribution.options import Perturbed, explained_classes
 from spray.attribution.registry import ATTRIBUTIONS
 from spray.attribution.target import Target
@@ -60,6 +61,8 @@ def grad_cam(model: nn.Module, x: Tensor, target: Target, *, layer: str | None =
         raise UserError(f"relu must be True or False, not {relu!r}")
     if x.dim() not in ENLARGEMENT:
         raise UserError(f"grad_cam needs an input of shape (N, C, H, W), not {tuple(x.shape)}")
+    if strays_alone(model, x):
+        return grad_cam(model, torch.cat([x, x]), for_two(target), layer=layer, relu=relu)[:1]
     module = None if layer is None else find_layer(model, layer)
     index, outputs = run(model, x, target)
     if module is None:

@@ -99,9 +99,10 @@ def propagate_to(
     trace = Trace(model, composite, HANDLERS, frozenset(LAZY), relevance_dtype, FALLBACKS[fallback], integers)
     # On a CPU convolutions are faster on channels that lie side by side.
     channels_last = x.dim() == 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    a = x.detach().contiguous(memory_format=torch.channels_last) if channels_last else x.detach()
+    # A copy, since a model may change what it detaches.
+    a = x.detach().clone(memory_format=torch.channels_last if channels_last else torch.preserve_format)
     source = Slot()
-    trace.mark(a := a.view_as(a), slot=source)
+    trace.mark(a, slot=source)
     output: Any
     channel_dim: int | None = None
     with torch.enable_grad(), watch.watching(trace), trace:

@@ -225,7 +225,7 @@ BOUNDED = names("tanh hardtanh relu6 softsign")
 NONNEGATIVE = SIGMOIDS | names("relu relu6 softplus abs")
 ZERO_AT_ZERO = names(
     "tanh hardtanh relu6 softsign relu abs leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish "
-    "hardshrink softshrink tanhshrink neg negative positive"
+    "hardshrink softshrink tanhshrink nan_to_num neg negative positive"
 )
 OTHERS = "softplus logsigmoid log_sigmoid threshold _threshold clamp clip clamp_min clamp_max"
 

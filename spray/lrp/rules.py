@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spray.errors import UserError
-from spray.lrp.layers import Layer
+from spray.lrp.layers import Layer, Product
 from spray.lrp.tape import fold, unfold
 from spray.registry import Registry
 
@@ -278,6 +278,8 @@ class ZBox(Rule):
     def __call__(self, f: Layer, a: Tensor, z: Tensor, R: Tensor) -> Tensor:
         """See `Rule`."""
         low, high = bound(self.low, a), bound(self.high, a)
+        if isinstance(f.map, Product):  # whose samples may not come first
+            low, high = low.expand_as(a), high.expand_as(a)
         # The bounds' part is the same for all samples, and the bias is in both: it cancels.
         s = divide(R, without_bias(f, z) - f(low, f.w_plus, f.b) - f(high, f.w_minus), f.epsilon)
         c, c_plus, c_minus = f.transposes(s, (f.w, f.w_plus, f.w_minus))
@@ -330,7 +332,9 @@ def share(f: Layer, a: Tensor, s: Tensor, negative: bool = False) -> Tensor:
 
 def spread(f: Layer, w: Tensor, R: Tensor) -> Tensor:
     """Return Σ_k w_jk / Σ_j w_jk · R_k, whatever the inputs are."""
-    z = f(torch.ones((1, *f.shape[1:]), dtype=R.dtype, device=R.device), w)
+    # Samples come first but in products of matrices, where all are counted.
+    shape = f.shape if isinstance(f.map, Product) else (1, *f.shape[1:])
+    z = f(torch.ones(tuple(shape), dtype=R.dtype, device=R.device), w)
     return f.T(torch.where(z == 0, 0, R / z), w)
 
 

@@ -147,6 +147,13 @@ def unfold(R: Tensor, targets: int) -> Tensor:
     return R[None] if targets == 1 else R.unflatten(0, (targets, -1))
 
 
+def laid_out_as(output: Tensor, vector: Tensor) -> Tensor:
+    """Return a vector in the dtype and memory layout of an output; some of torch's backwards rely on it."""
+    if vector.dtype == output.dtype and vector.stride() == output.stride():
+        return vector
+    return torch.empty_like(output, requires_grad=False).copy_(vector)
+
+
 def vjp(outputs: Sequence[Tensor], inputs: Sequence[Tensor], R: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the vector-Jacobian products of a piece of autograd's graph, one for each target.
 
@@ -166,7 +173,7 @@ def vjp(outputs: Sequence[Tensor], inputs: Sequence[Tensor], R: Sequence[Tensor 
     dtype = pairs[0][1].dtype
     per_target = []
     for t in range(pairs[0][1].shape[0]):
-        vectors = [r[t].to(output.dtype) for output, r in pairs]
+        vectors = [laid_out_as(output, r[t]) for output, r in pairs]
         per_target.append(
             torch.autograd.grad([output for output, _ in pairs], inputs, vectors, retain_graph=True, allow_unused=True)
         )

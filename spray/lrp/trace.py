@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -83,7 +84,8 @@ class Record:
     nonnegative : bool
         Whether it can't hold a negative value.
     gate : int
-        How much it looks like a gate: 2 after a sigmoid or a statistic, 1 after another bounded function, else 0.
+        How much it looks like a gate: 2 after a sigmoid or a statistic, 1 after another bounded function, -1 after a
+        softmax (weights, which share relevance with what they weigh), else 0.
     after_affine : bool
         Whether an affine layer lies between the model's input and it.
     contiguous : bool
@@ -278,6 +280,10 @@ class Trace(TorchFunctionMode):
         values = base not in self.lazy and base not in METADATA
         args, kwargs = tree_map_only(Tensor, lambda t: self.current(t, values), (given, given_kwargs))
         if not carriers(args, kwargs):
+            if any(
+                is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+            ):
+                self.fail("a transform of torch.func (vmap, grad, jvp)", "can't see into")
             with torch.no_grad():
                 return func(*args, **kwargs)
         # Relevance flows even through what the model computes under no_grad or inference_mode.
@@ -296,6 +302,8 @@ class Trace(TorchFunctionMode):
             return handler(self, func, args, kwargs)
         if name in METADATA:
             return func(*args, **kwargs)
+        if name in ("numpy", "__array__"):
+            self.fail(name, "can't follow")
         if name == "__setitem__":
             self.fail("assigning to a part of a tensor", "can't follow")
         with torch.enable_grad():
@@ -310,7 +318,7 @@ class Trace(TorchFunctionMode):
         """Compute out of place, and let the result take the place of the target from now on."""
         if base in ("requires_grad", "retain_grad"):
             return target
-        if base not in self.handlers and base != "detach":
+        if base not in self.handlers and base != "detach" and self.fallback is None:
             self.fail(name)
         result = self._call(base, out_of_place(base), args, kwargs)
         self.replace(target, result)
