@@ -45,6 +45,10 @@ class NotANumber(nn.Module):
 
     def forward(self, x):
         return self.inner(x) * float("nan")
+
+class WithoutRule(NotANumber):
+    def forward(self, x):
+        return self.inner(x).cumprod(1)
 """
 
 
