@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spray.attribution.options import dtype_named
 from spray.attribution.registry import ATTRIBUTIONS, Attribution
 from spray.attribution.target import Contrast, Target, check_finite, columns, several
 from spray.errors import UserError
@@ -80,7 +81,7 @@ def explain(
     """
     attribute = ATTRIBUTIONS.get(method)
     check_arguments(model, x, integers=method == "lrp")
-    autocast = autocast_dtype(options.pop("autocast", None))
+    autocast = dtype_named("autocast", options.pop("autocast", None), ("bfloat16", "float16"))
     if method == "lrp":
         options = {"composite": composite, **options}
     else:
@@ -116,16 +117,6 @@ def check_arguments(model: nn.Module, x: Tensor, integers: bool = False) -> None
     if not isinstance(x, Tensor) or not (x.is_floating_point() or tokens) or x.dim() < 2:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"x must be a floating-point tensor of shape (N, ...), not {got}")
-
-
-def autocast_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype of autocast, or raise a UserError if it can't be that."""
-    allowed = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is None or dtype in allowed.values():
-        return dtype  # type: ignore[return-value]
-    if dtype not in allowed:
-        raise UserError(f"unknown autocast {dtype!r}; allowed: {', '.join(allowed)}")
-    return allowed[dtype]
 
 
 def refuse_options(options: Mapping[str, Any], attribute: Attribution, method: str) -> None:

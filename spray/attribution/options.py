@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,16 @@ def positive(name: str, value: Any, or_zero: bool = False) -> float:
     if not known or value < 0 or (value == 0 and not or_zero):
         raise UserError(f"{name} must be a finite number {'of at least' if or_zero else 'above'} 0, not {value!r}")
     return float(value)
+
+
+def dtype_named(option: str, dtype: torch.dtype | str | None, allowed: Sequence[str], why: str = "") -> Any:
+    """Return a dtype given as such or by name (None: none), or raise a UserError unless it is one of `allowed`."""
+    dtypes = {name: getattr(torch, name) for name in allowed}
+    if dtype is None or any(dtype is one for one in dtypes.values()):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise UserError(f"unknown {option} {dtype!r}; allowed: {', '.join(allowed)}{why}")
+    return dtypes[dtype]
 
 
 def reference(baseline: Any, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spray.attribution.options import dtype_named
 from spray.attribution.registry import ATTRIBUTIONS
 from spray.attribution.target import Target, check_logits, class_indices, several
 from spray.errors import UserError
@@ -77,6 +78,8 @@ def lrp(
         return weights if init == "one" else weights * logits.detach()
 
     layers = [] if layer is None else [layer] if isinstance(layer, str) else list(layer)
+    allowed, why = ("float32", "float64", "bfloat16"), " (float16 has too small a range)"
+    dtype = dtype_named("relevance_dtype", relevance_dtype, allowed, why)
     with uncompiled(model):
         results = propagate_to(
             model,
@@ -86,7 +89,7 @@ def lrp(
             layers=[name for name in layers if name],
             start=start,
             conditions=condition,
-            relevance_dtype=reduced_dtype(relevance_dtype),
+            relevance_dtype=dtype,
             fallback=fallback,
         )
     one = start is not None or not several(target)
@@ -129,15 +132,3 @@ def check_choice(option: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise a UserError unless an option has one of the values that are allowed."""
     if value not in allowed:
         raise UserError(f"unknown {option} {value!r}; allowed: {', '.join(allowed)}")
-
-
-def reduced_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype of the relevance, or raise a UserError if it can't be that."""
-    allowed = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-    if dtype is None or any(dtype is one for one in allowed.values()):
-        return dtype  # type: ignore[return-value]
-    if not isinstance(dtype, str) or dtype not in allowed:
-        raise UserError(
-            f"unknown relevance_dtype {dtype!r}; allowed: {', '.join(allowed)} (float16 has too small a range)"
-        )
-    return allowed[dtype]

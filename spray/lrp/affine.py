@@ -73,16 +73,22 @@ class AffineCall:
         known_of_it: dict[str, Any] = {"slot": slot, "after_affine": True}
         known_of_it |= {"nonnegative": True} if rectify else {"deferred": self}
         trace.mark(z, **known_of_it)
-        back = self._back(trace, slot, z, parameters, rectify)
         last = trace.composite.last_rule(self.name)
+        back = self._back(trace, slot, z, parameters, rectify, last)
         proportional = self.rule.proportional and (last is None or last.proportional)
         trace.tape.append(Node((self.source,), (slot,), back, affine=True, proportional=proportional))
         return z
 
     def _back(
-        self, trace: Trace, slot: Slot, z: Tensor, parameters: tuple[Tensor, Tensor | None], rectify: bool
+        self,
+        trace: Trace,
+        slot: Slot,
+        z: Tensor,
+        parameters: tuple[Tensor, Tensor | None],
+        rectify: bool,
+        last: Rule | None,
     ) -> Callable[..., Any]:
-        rule, last, dtype = self.rule, trace.composite.last_rule(self.name), self.dtype or z.dtype
+        rule, dtype = self.rule, self.dtype or z.dtype
         a = self.kept if rule.uses_input or rule.uses_output or last else None
         out = trace.keep(z, self.dtype) if rule.uses_output or last else None
         ignores_bias = trace.composite.zero_bias

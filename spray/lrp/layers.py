@@ -303,18 +303,19 @@ class BatchNorm:
     bias: Tensor | None
     eps: float
 
+    @cached_property
+    def scale(self) -> Tensor:
+        """What every channel is multiplied by."""
+        scale = torch.rsqrt(self.var + self.eps)
+        return scale if self.weight is None else scale * self.weight
+
     def shift(self, a: Tensor) -> Tensor:
         """Return what is added to every channel of an input `a`, whatever its values are."""
-        scale = torch.rsqrt(self.var + self.eps)
-        scale = scale if self.weight is None else scale * self.weight
-        shift = -self.mean * scale if self.bias is None else self.bias - self.mean * scale
+        shift = -self.mean * self.scale if self.bias is None else self.bias - self.mean * self.scale
         return shift.to(a.dtype).view(-1, *[1] * (a.dim() - 2))
 
     def merge(self, map: LinearMap, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return weight and bias of the one affine layer that is a layer followed by this normalisation."""
-        scale = torch.rsqrt(self.var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
         shift = -self.mean if b is None else b - self.mean
-        bias = shift * scale if self.bias is None else shift * scale + self.bias
-        return map.scale_outputs(w, scale.to(w.dtype)), bias.to(w.dtype)
+        bias = shift * self.scale if self.bias is None else shift * self.scale + self.bias
+        return map.scale_outputs(w, self.scale.to(w.dtype)), bias.to(w.dtype)
