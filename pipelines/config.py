@@ -17,6 +17,12 @@ class DatasetConfig:
     train: str | None = None
     test: str | None = None
     image_size: int | None = None
+    # FILE.py:FUNCTION of the user's own, which returns training and test data (dataset=factory).
+    factory: str | None = None
+    # What else the kind of dataset takes: a mapping.
+    options: Any = None
+    # Whether every image file is decoded once, to leave out those that can't be, before anything starts.
+    check: bool = True
     # At most so many images of each class, in training and in test: for trying things out.
     per_class: int | None = None
     mean: list[float] = field(default_factory=lambda: [0.5])
@@ -48,12 +54,19 @@ class AttributionConfig:
     # The method's own options, as keyword arguments of `spray.explain`: a mapping. (Not typed as one, so that
     # the command line may set it without a plus sign.)
     options: Any = None
-    # The layer that Grad-CAM looks at; by default the last that has feature maps.
-    layer: str | None = None
+    # For LRP: inner layers (a name or a list) whose relevance, summed over positions, is stored beside that of
+    # the input. For Grad-CAM: the layer that it looks at; by default the last that has feature maps.
+    layer: Any = None
     # `label`, `prediction` or a class index.
     target: str = "label"
-    batch_size: int = 64
+    # What is stored of each heatmap: `all` channels or their `sum`; averaged down to `pool` x `pool` if given.
+    channels: str = "all"
+    pool: int | None = None
     dtype: str = "float32"
+    # A number of images, or `auto`.
+    batch_size: Any = 64
+    # The run stops when more than this share of the samples can't be explained.
+    max_bad: float = 0.01
 
 
 @dataclass
@@ -61,6 +74,20 @@ class ComputeConfig:
     """Where the work is done."""
 
     name: str = "serial"
+    # Samples in a shard, the unit of work that survives an interruption; null: about 64 MB, at most 512.
+    shard_size: int | None = None
+    # How heatmaps are compressed on disk: none, lzf or gzip.
+    compression: str = "none"
+    # Batches read ahead.
+    prefetch: int = 4
+    # Threads for arithmetic in each process; null: all cores, shared out among the workers of this machine.
+    threads: int | None = None
+    # Dask: number of workers; null: one for each GPU, or for each two cores.
+    n_workers: int | None = None
+    # Address of Dask's dashboard.
+    dashboard: str = "127.0.0.1:0"
+    # For dask_slurm: what dask_jobqueue.SLURMCluster takes.
+    slurm: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def explain(
         - `autocast` (torch.dtype): run the forward pass under autocast to this dtype.
 
         For LRP (see `spray.attribution.relevance.lrp`): `init`, `layer`, `start`, `condition`,
-        `relevance_dtype`, `fallback`, and the options of the composite: `epsilon`, `gamma`, `zero_bias`,
+        `relevance_dtype`, `fallback`, `sum_positions`, and the options of the composite: `epsilon`, `gamma`, `zero_bias`,
         `addition`, `normalization`, and `low` and `high`, the bounds of the normalised input (numbers, one per
         channel, or tensors that broadcast).
 
@@ -79,8 +79,45 @@ def explain(
         For arguments that aren't allowed, a model in training mode, an operation in the model that LRP has no
         rule for, or values that aren't finite.
     """
+    return _explain(model, x, target, method, composite, options, None)
+
+
+def explain_with_logits(
+    model: nn.Module,
+    x: Tensor,
+    target: Target = None,
+    method: str = "lrp",
+    composite: str | Mapping[str, Rule | str | Mapping[str, Any]] = "epsilon_plus_flat",
+    **options: Any,
+) -> tuple[Any, Tensor]:
+    """Attribute as `explain` does, and return the model's logits (N, classes) as well.
+
+    Where the method's own forward pass is that of `x`, the logits are those that were explained: no second pass
+    is made.
+    """
+    seen: list[Tensor] = []
+    takes = "on_logits" in inspect.signature(ATTRIBUTIONS.get(method)).parameters
+    contrast = method != "lrp" and options.get("contrast", False)
+    if takes and not contrast and not (several(target) and method != "lrp"):
+        R = _explain(model, x, target, method, composite, options, seen.append)
+        return R, seen[0]
+    R = _explain(model, x, target, method, composite, options, None)
+    with torch.inference_mode():
+        return R, model(x)
+
+
+def _explain(
+    model: nn.Module,
+    x: Tensor,
+    target: Target,
+    method: str,
+    composite: Any,
+    options: dict[str, Any],
+    on_logits: Callable[[Tensor], Any] | None,
+) -> Any:
     attribute = ATTRIBUTIONS.get(method)
     check_arguments(model, x, integers=method == "lrp")
+    options = dict(options)
     autocast = dtype_named("autocast", options.pop("autocast", None), ("bfloat16", "float16"))
     if method == "lrp":
         options = {"composite": composite, **options}
@@ -88,6 +125,8 @@ def explain(
         if options.pop("contrast", False):
             model = Contrast(model)
         refuse_options(options, attribute, method)
+    if on_logits is not None:
+        options["on_logits"] = on_logits
     devices = [x.device] if x.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices, enabled=method != "lrp"),  # which undoes the model's draws itself
@@ -122,7 +161,7 @@ def check_arguments(model: nn.Module, x: Tensor, integers: bool = False) -> None
 def refuse_options(options: Mapping[str, Any], attribute: Attribution, method: str) -> None:
     """Raise a UserError if there are options that a method doesn't take."""
     parameters = inspect.signature(attribute).parameters.values()
-    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and not p.name.startswith("on_")]
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise UserError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,14 +13,23 @@ from spray.attribution.target import Target, check_logits, class_indices, one_ho
 from spray.errors import UserError
 
 
+OnLogits = Callable[[Tensor], Any] | None
+
+
 @ATTRIBUTIONS.register("gradient")
-def gradient(model: nn.Module, x: Tensor, target: Target) -> Tensor:
-    """Return the gradient of the target's logit with respect to the input (Simonyan et al. 2014)."""
+def gradient(model: nn.Module, x: Tensor, target: Target, *, on_logits: OnLogits = None) -> Tensor:
+    """Return the gradient of the target's logit with respect to the input (Simonyan et al. 2014).
+
+    `on_logits` is given the logits of `x`.
+    """
     if strays_alone(model, x):
-        return gradient(model, torch.cat([x, x]), for_two(target))[:1]
+        first = None if on_logits is None else lambda logits: on_logits(logits[:1])
+        return gradient(model, torch.cat([x, x]), for_two(target), on_logits=first)[:1]
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         logits = check_logits(model(leaf.clone()), x)  # a clone, since the model may change its input in place
+        if on_logits is not None:
+            on_logits(logits.detach())
         mask = one_hot(logits, class_indices(logits, target)[:, 0])
         result = torch.autograd.grad(logits, leaf, mask, allow_unused=True)[0] if logits.requires_grad else None
     if result is None:
@@ -40,6 +52,6 @@ def for_two(target: Target) -> Target:
 
 
 @ATTRIBUTIONS.register("gradient_x_input")
-def gradient_x_input(model: nn.Module, x: Tensor, target: Target) -> Tensor:
+def gradient_x_input(model: nn.Module, x: Tensor, target: Target, *, on_logits: OnLogits = None) -> Tensor:
     """Return the gradient times the input (Shrikumar et al. 2016)."""
-    return gradient(model, x, target) * x
+    return gradient(model, x, target, on_logits=on_logits) * x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ def lrp(
     condition: Mapping[str, Concept] | None = None,
     relevance_dtype: torch.dtype | str | None = None,
     fallback: str = "error",
+    sum_positions: bool = False,
+    on_logits: Callable[[Tensor], Any] | None = None,
     **options: Any,
 ) -> Relevance:
     """Propagate relevance layer by layer (Bach et al. 2015; Montavon et al. 2019).
@@ -59,6 +61,10 @@ def lrp(
         stays as it is.
     fallback : {"error", "gradient"}
         What happens at an operation that has no rule.
+    sum_positions : bool
+        Relevance at inner layers is summed over positions: (N, channels).
+    on_logits : callable, optional
+        Is given the logits of `x` that are explained.
     **options
         Those of the composite.
     """
@@ -71,6 +77,8 @@ def lrp(
 
     def initial(output: Any) -> Tensor:
         logits = check_logits(output, x)
+        if on_logits is not None:
+            on_logits(logits.detach())
         index = class_indices(logits, target)
         weights = torch.zeros_like(logits).expand(index.shape[1], -1, -1).scatter(2, index.T[..., None], 1)
         if contrast:
@@ -91,6 +99,7 @@ def lrp(
             conditions=condition,
             relevance_dtype=dtype,
             fallback=fallback,
+            sum_positions=sum_positions,
         )
     one = start is not None or not several(target)
     results = {name: R if start else R[0] if one else R.transpose(0, 1) for name, R in results.items()}

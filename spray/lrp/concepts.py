@@ -61,6 +61,14 @@ class Capture:
 
     def __init__(self) -> None:
         self.relevance: Tensor | None = None
+        self.dim = 1  # of the channels, counted without that of the targets
+
+    def relevance_of(self, channels_only: bool) -> Tensor | None:
+        """Return the relevance that passed, (T, N, ...), or summed over positions: (T, N, channels)."""
+        if self.relevance is None or not channels_only:
+            return self.relevance
+        positions = [dim for dim in range(2, self.relevance.dim()) if dim != self.dim + 1]
+        return self.relevance.sum(positions) if positions else self.relevance
 
     def __call__(self, R: Tensor) -> Tensor:
         """Add the relevance to what has passed already."""
@@ -235,6 +243,8 @@ class Watch:
             record = record_of(t)
             assert record is not None
         # The tap that comes last acts first: what is captured is what the conditions let pass.
+        for capture in captures:
+            capture.dim = self.channel_dim(t, module)
         record.slot.taps.extend(captures)
         for key in conditions:
             values = trace.current(t)

@@ -74,6 +74,7 @@ def propagate_to(
     conditions: Mapping[str, Concept] | None = None,
     relevance_dtype: torch.dtype | None = None,
     fallback: str = "error",
+    sum_positions: bool = False,
 ) -> dict[str, Tensor]:
     """Return the relevance of a model's input and inner layers; see `propagate`.
 
@@ -87,12 +88,15 @@ def propagate_to(
         The inner layer and the concept there that is explained, instead of an output.
     conditions : mapping of str to Concept, optional
         Inner layers, and the concepts through which alone relevance passes there.
+    sum_positions : bool
+        Sum the relevance of inner layers over all dimensions but those of samples and channels.
 
     Returns
     -------
     dict of str to Tensor
-        The relevance of the input under "", and of each layer under its name, of the shape of its output; with
-        one dimension more in front where `initial` asks for several targets.
+        The relevance of the input under "", and of each layer under its name, of the shape of its output, or
+        (N, channels) where positions are summed; with one dimension more in front where `initial` asks for
+        several targets.
     """
     watch = Watch(model, layers, start[0] if start else None, conditions or {})
     integers = None if x.is_floating_point() else embedding.integers
@@ -128,7 +132,8 @@ def propagate_to(
         output = None  # so that the sweep can free what it has passed
         trace.tape.play(first, R[None] if single else R, loose=True)
         dtype = x.dtype if x.is_floating_point() else R.dtype
-        arrived = {"": source.relevance, **{layer: capture.relevance for layer, capture in watch.captures.items()}}
+        captured = {layer: capture.relevance_of(sum_positions) for layer, capture in watch.captures.items()}
+        arrived = {"": source.relevance, **captured}
         if arrived[""] is None:
             arrived[""] = torch.zeros(1 if single else len(R), *x.shape, dtype=dtype, device=x.device)
         missing = [layer for layer, relevance in arrived.items() if relevance is None]
