@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spray.errors import UserError
+from spray.pipelines.preemption import RESUME, Preempted, listening
+from spray.pipelines.sweeps import ENDS, JobEnd, Task, stop_local_jobs
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -22,26 +24,34 @@ DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 _UNIQUE = f"{os.getpid()}-{secrets.token_hex(2)}"
 _log = logging.getLogger("spray")
-# Exit code of each job of this command; Hydra itself does not hand them on.
-_codes: list[int] = []
+# Loggers of libraries; what they say is for run.log.
+LIBRARIES = ("py.warnings", "distributed", "tornado", "asyncio", "bokeh", "submitit")
+# The folder that the command was last working in.
+_folder: list[Path] = []
 
 
 def main() -> None:
-    """Run the command and exit: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
-    sys.exit(_main())
+    """Run the command and exit: 0 done, 1 failed, 2 a user's mistake, 75 told to stop, 130 interrupted."""
+    with listening():
+        code = _main()
+    sys.exit(code)
 
 
 def _main() -> int:
     # Hydra prints a traceback and exits by itself unless it is told to let exceptions through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _codes.clear()
+    ENDS.codes.clear()
+    _folder.clear()
     _log_to_terminal()
     try:
         sys.argv[1:] = flags_first(sys.argv[1:])
         _run_hydra()
-    except KeyboardInterrupt:
-        print("spray: interrupted; the same command with the same run_dir goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    except (KeyboardInterrupt, Preempted) as stop:
+        stop_local_jobs()
+        told = f"stopped by {stop}" if isinstance(stop, Preempted) else "interrupted"
+        where = f"run_dir={_folder[0]}" if _folder else "the same run_dir"
+        print(f"spray: {told}; the same command with {where} goes on from here", file=sys.stderr)
+        return RESUME if isinstance(stop, Preempted) else INTERRUPTED
     except BrokenPipeError:
         # The reader of the output, such as `head`, has seen enough; nothing more can be told to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,12 +59,16 @@ def _main() -> int:
     except Exception as error:
         from spray.pipelines.mistakes import explain_mistake
 
-        line = explain_mistake(error)
+        line, code = explain_mistake(error), USER_ERROR
+        if line is None:
+            code = FAILED
+            line = _lost_job(error)
         if line is None:
             traceback.print_exc()
-            return _fail(f"{type(error).__name__}: {error}", FAILED)
-        return _fail(line, USER_ERROR)
-    return max((code for code in _codes), default=DONE) if FAILED not in _codes else FAILED
+            line = f"{type(error).__name__}: {error}"
+        print(_error(line), file=sys.stderr)
+        return code
+    return ENDS.worst()
 
 
 def _run_hydra() -> None:
@@ -64,7 +78,25 @@ def _run_hydra() -> None:
 
     register_resolvers()
     register_schema()
-    hydra.main(config_path="pkg://spray.conf", config_name="config", version_base="1.3")(_job)()
+    task = Task(_job, _prepare, _UNIQUE)
+    hydra.main(config_path="pkg://spray.conf", config_name="config", version_base="1.3")(task)()
+
+
+def _prepare(unique: str) -> None:
+    """Get a process that a launcher has started ready for a job of the command with that token."""
+    global _UNIQUE
+    _UNIQUE = unique
+    register_resolvers()
+    _log_to_terminal()
+
+
+def _lost_job(error: Exception) -> str | None:
+    """Return a line about a job that a launcher of Hydra's lost; None for any other error."""
+    if not type(error).__module__.startswith("submitit"):
+        return None
+    stop_local_jobs()
+    what = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"a job of the sweep ended before it could tell how: {what}; the same command goes on from here"
 
 
 def register_resolvers() -> None:
@@ -91,32 +123,34 @@ def job_folder(overrides: str) -> str:
     return f"{','.join(parts)[:140]}-{sha256(overrides.encode()).hexdigest()[:8]}"
 
 
-def _job(config: DictConfig) -> None:
-    """Run one job and note its exit code, so that the other jobs of a sweep go on after a failure."""
+def _job(config: DictConfig, typed: list[str]) -> JobEnd:
+    """Run one job and say how it ended, so that the other jobs of a sweep go on after a failure."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
     settings = HydraConfig.get()
     sweep = settings.mode == RunMode.MULTIRUN
+    number = int(settings.job.num) if sweep else 0
     # What this job has and the command line as typed does not is what the sweep varies.
     overrides = OmegaConf.to_container(settings.overrides.task) or []
-    typed = {argument.lower() for argument in sys.argv}
+    as_typed = {argument.lower() for argument in typed}
     # Hydra escapes characters and writes booleans in its own way.
     plain = [re.sub(r"\\(.)", r"\1", str(override)) for override in overrides]
-    varied = [override for override in plain if override.lower() not in typed]
-    name = (",".join(varied) or str(settings.job.num)) if sweep else ""
+    varied = [override for override in plain if override.lower() not in as_typed]
+    name = (",".join(varied) or str(number)) if sweep else ""
     if sweep:
         _log.info("job %s", name)
+        _folder[:] = [Path(settings.sweep.dir).absolute()]
     try:
         _run_job(config, settings)
-        _codes.append(DONE)
     except UserError as error:
-        _codes.append(_fail(str(error), USER_ERROR, name))
+        return JobEnd(number, USER_ERROR, _error(str(error), name))
     except Exception as error:
         details = Path(settings.runtime.output_dir) / "run.log"
         where = f"; details in {details}" if details.exists() else ""
-        _codes.append(_fail(f"{type(error).__name__}: {error}{where}", FAILED, name))
+        return JobEnd(number, FAILED, _error(f"{type(error).__name__}: {error}{where}", name))
+    return JobEnd(number, DONE)
 
 
 def _run_job(config: DictConfig, settings: Any) -> None:
@@ -153,18 +187,22 @@ def _run_job(config: DictConfig, settings: Any) -> None:
 
     run_dir = Path(settings.runtime.output_dir)
     typed.run_dir = str(run_dir)
+    _folder[:] = _folder or [run_dir]
     with locked(run_dir):
         handler = _log_to_file(run_dir / "run.log")
         try:
             _write_config(run_dir / ".hydra", config, settings)
             run_stages(Context(typed, run_dir, _log), asked, stages)
             _log.info("results in %s", run_dir)
-        except BaseException as error:
+        except (KeyboardInterrupt, Preempted) as stop:
+            handler.handle(_log.makeRecord("spray", logging.INFO, __file__, 0, "stopped: %r", (stop,), None))
+            raise
+        except BaseException:
             # The traceback is for the file; the terminal gets one line.
             handler.handle(_log.makeRecord("spray", logging.ERROR, __file__, 0, "failed", (), sys.exc_info()))
-            raise error
+            raise
         finally:
-            for name in ("spray", "py.warnings"):
+            for name in ("spray", *LIBRARIES):
                 logging.getLogger(name).removeHandler(handler)
             handler.close()
 
@@ -212,26 +250,28 @@ def _log_to_terminal() -> None:
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     _log.addHandler(terminal)
-    # Warnings of libraries are for run.log.
-    warnings = logging.getLogger("py.warnings")
-    warnings.propagate = False
-    warnings.addHandler(logging.NullHandler())
+    for name in LIBRARIES:
+        library = logging.getLogger(name)
+        library.propagate = False
+        library.addHandler(logging.NullHandler())
     logging.captureWarnings(True)
 
 
 def _log_to_file(path: Path) -> logging.Handler:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in ("spray", "py.warnings"):
+    for name in ("spray", *LIBRARIES):
         logging.getLogger(name).addHandler(handler)
     return handler
 
 
-def _fail(message: str, code: int, job: str = "") -> int:
-    line = " ".join(message.split())
-    print(f"spray: error: {f'job {job}: ' if job else ''}{line}", file=sys.stderr)
-    return code
+def _error(message: str, job: str = "") -> str:
+    """Return the one line that tells of a failure."""
+    return f"spray: error: {f'job {job}: ' if job else ''}{' '.join(message.split())}"
 
 
 if __name__ == "__main__":
-    main()
+    # Under its own name, since functions of `__main__` can't be sent to other processes by name.
+    from spray.pipelines.cli import main as command
+
+    command()

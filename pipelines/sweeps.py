@@ -1,0 +1,116 @@
+"""Jobs of a command: how each ended, also of those that a launcher runs in other processes or on other machines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended: its exit code, and the line to tell if it failed."""
+
+    number: int
+    code: int
+    line: str = ""
+
+
+@dataclass
+class Ends:
+    """How the jobs of this command ended; Hydra itself does not hand that on."""
+
+    codes: dict[int, int] = field(default_factory=dict)
+
+    def note(self, end: JobEnd) -> None:
+        """Keep a job's exit code and, the first time, tell its line."""
+        if end.number not in self.codes and end.line:
+            print(end.line, file=sys.stderr)
+        self.codes[end.number] = end.code
+
+    def worst(self) -> int:
+        """Return the exit code of the command: 1 if any job failed, else the greatest."""
+        return 1 if 1 in self.codes.values() else max(self.codes.values(), default=0)
+
+
+ENDS = Ends()
+
+
+class Arrival:
+    """What a job in another process returns: unpickled by the launcher in the command's process, it is noted there."""
+
+    def __init__(self, end: JobEnd) -> None:
+        self.end = end
+
+    def __reduce__(self) -> tuple[Callable[[JobEnd], Arrival], tuple[JobEnd]]:
+        return _arrive, (self.end,)
+
+
+def _arrive(end: JobEnd) -> Arrival:
+    ENDS.note(end)
+    return Arrival(end)
+
+
+class Task:
+    """The function that Hydra calls with a job's configuration, here or where a launcher has sent it.
+
+    Parameters
+    ----------
+    run : callable
+        Runs the job; the second argument is the command line as it was typed. A function of a module, since it
+        is pickled by name.
+    prepare : callable
+        Called with `unique` in a process that a launcher has started, before the job's configuration is resolved.
+    unique : str
+        The token in the names of this command's folders.
+    """
+
+    def __init__(
+        self, run: Callable[[DictConfig, list[str]], JobEnd], prepare: Callable[[str], None], unique: str
+    ) -> None:
+        self.run, self.prepare, self.unique = run, prepare, unique
+        self.typed = list(sys.argv)
+        self.is_remote = False
+        # Hydra reads them as it does those of a function.
+        self.__name__, self.__doc__ = run.__name__, run.__doc__
+
+    def __call__(self, config: DictConfig) -> Arrival | None:
+        """Run the job; of one elsewhere return how it ended, of one here note it."""
+        end = self.run(config, self.typed)
+        if self.is_remote:
+            if end.line:
+                # For the log of the job; the command tells it as well.
+                print(end.line, file=sys.stderr)
+            return Arrival(end)
+        ENDS.note(end)
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        if "plan=true" in (argument.lower() for argument in self.typed):
+            from spray.errors import UserError
+
+            raise UserError("plan=true is for this machine only; add hydra/launcher=basic")
+        return self.__dict__ | {"is_remote": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        sys.argv = list(self.typed)
+        self.prepare(self.unique)
+
+
+def stop_local_jobs() -> None:
+    """Interrupt the jobs that submitit's local launcher has started and would leave behind."""
+    # Linux only; elsewhere they run to their end.
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            for child in path.read_text().split():
+                if b"submitit.local._local" in Path("/proc", child, "cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGINT)
