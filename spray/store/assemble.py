@@ -1,0 +1,171 @@
+"""Puts shards together into the one file that is the result: their stored chunks, copied as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from spray.errors import UserError
+from spray.storage import replacing
+from spray.store.layout import Layout, new_file
+from spray.store.shards import DamagedShardError, Shard, ShardFacts, chunks, disk_errors, open_shard, update
+
+FORMAT = "spray attributions 1"
+
+DIGESTS = "sha256"
+"""Name of the dataset with each shard's SHA-256, and of the attribute with that of the other attributes."""
+
+Progress = Callable[[Iterable[Shard], int, str], Iterable[Shard]]
+
+
+def assemble(
+    folder: Path,
+    shards: Sequence[Shard],
+    key: str,
+    layout: Layout,
+    path: Path,
+    attributes: Mapping[str, str | int | float],
+    progress: Progress | None = None,
+) -> list[ShardFacts]:
+    """Write the file of attributions from its shards; the shards stay.
+
+    Chunks are copied as they are stored, hashed on the way and compared with what the shards say. Then the
+    new file is read back from the disk and compared once more. Only after that it appears at `path`.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the shards.
+    shards : sequence of Shard
+        All of them, in order.
+    key : str
+        Of the computation; a shard with another one is refused.
+    layout : Layout
+        That they were written in.
+    path : Path
+        Of the file, which is replaced if it is there.
+    attributes : mapping
+        What the file says of itself, beside its key and format.
+    progress : callable, optional
+        Wraps the iterations over shards: `progress(shards, number, what)`.
+
+    Returns
+    -------
+    list of ShardFacts
+        Of each shard.
+
+    Raises
+    ------
+    DamagedShardError
+        If a shard is missing, changed or another's. No file is left.
+    ValueError
+        If the shards don't cover the dataset.
+    UserError
+        If the disk is full or can't be written to.
+    """
+    folder, path = Path(folder), Path(path)
+    if [shard.start for shard in shards] + [layout.n] != [0] + [shard.stop for shard in shards]:
+        raise ValueError(f"the shards do not cover the {layout.n} samples, each once and in order")
+    if any(shard.start % layout.shard_size for shard in shards):
+        raise ValueError(f"the shards are not those of {layout.shard_size} samples each")
+    through = progress or _silent
+    with disk_errors(path), replacing(path) as temporary:
+        with _closed(new_file(temporary)) as file:
+            datasets = layout.create(file, layout.n)
+            copied = through(shards, len(shards), "shards put together")
+            facts = [_copy(folder / shard.name, shard, key, layout, datasets) for shard in copied]
+            _describe(file, layout, {**attributes, "key": key}, facts)
+        _forget(temporary)
+        with h5py.File(temporary, "r") as file:
+            for shard, fact in zip(through(shards, len(shards), "shards compared"), facts, strict=True):
+                if rows_sha256(file, layout.names, shard.start, shard.stop) != fact.data_sha256:
+                    raise UserError(
+                        f"{path}: the disk doesn't give back what was written to it; check the disk, then start "
+                        "again: what is computed already is kept"
+                    )
+    return facts
+
+
+def rows_sha256(file: h5py.File, names: Iterable[str], start: int, stop: int) -> str:
+    """Return the SHA-256 of the stored chunks of some rows, array by array; chunks must start at `start`."""
+    digest = hashlib.sha256()
+    for name in names:
+        for chunk in chunks(file[name], start, stop):
+            update(digest, *chunk)
+    return digest.hexdigest()
+
+
+def attributes_sha256(attributes: Mapping[str, Any]) -> bytes:
+    """Return the SHA-256 of a file's attributes."""
+    plain = {name: value if isinstance(value, str) else np.asarray(value).item() for name, value in attributes.items()}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).digest()
+
+
+def _copy(path: Path, shard: Shard, key: str, layout: Layout, to: Mapping[str, h5py.Dataset]) -> ShardFacts:
+    digest = hashlib.sha256()
+    with open_shard(path, shard, key, layout) as (datasets, facts):
+        for name in layout.names:
+            rows = to[name].chunks[0]
+            rest = (0,) * (to[name].ndim - 1)
+            for number, (mask, raw) in enumerate(_read(path, datasets[name])):
+                update(digest, mask, raw)
+                to[name].id.write_direct_chunk((shard.start + number * rows, *rest), raw, mask)
+    if digest.hexdigest() != facts.data_sha256:
+        raise DamagedShardError(path, "changed while it was read")
+    return facts
+
+
+def _read(path: Path, dataset: h5py.Dataset) -> Iterator[tuple[int, bytes]]:
+    try:
+        yield from chunks(dataset)
+    except (OSError, RuntimeError) as error:
+        raise DamagedShardError(path, f"can't be read: {error}") from None
+
+
+def _describe(
+    file: h5py.File, layout: Layout, attributes: Mapping[str, str | int | float], facts: Sequence[ShardFacts]
+) -> None:
+    """Write the attributes, and the digest of each shard's rows, so that a fault can be traced to them."""
+    digests = np.frombuffer(b"".join(bytes.fromhex(fact.data_sha256) for fact in facts), np.uint8).reshape(-1, 32)
+    file.create_dataset(DIGESTS, data=digests, chunks=(min(len(digests), 2048), 32), fletcher32=True, track_times=False)
+    described = {**attributes, "format": FORMAT, "shard_size": layout.shard_size}
+    for name, value in described.items():
+        file.attrs[name] = value
+    # Not as text: HDF5 keeps that where it has no checksums.
+    file.attrs[DIGESTS] = np.frombuffer(attributes_sha256(described), np.uint8)
+
+
+@contextmanager
+def _closed(file: h5py.File) -> Iterator[h5py.File]:
+    """Close the file; after an error HDF5 can fail to do so for the same reason, which is told already."""
+    try:
+        yield file
+    except BaseException:
+        with suppress(OSError, RuntimeError):
+            file.close()
+        raise
+    file.close()
+
+
+def _forget(path: Path) -> None:
+    """Have the system drop what it holds of a file in memory, so that the file is next read from the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _silent(shards: Iterable[Shard], total: int, what: str) -> Iterable[Shard]:
+    return shards
