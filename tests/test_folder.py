@@ -229,7 +229,7 @@ def test_the_cache_serves_without_the_files_and_no_cache_notices_their_loss(tmp_
     torch.testing.assert_close(uncached.batch(np.array([0])), first)
     (tmp_path / "t/a/1.png").unlink()
     torch.testing.assert_close(cached.batch(np.array([0])), first)
-    with pytest.raises(UserError, match=r"a/1\.png changed while it was in use"):
+    with pytest.raises(UserError, match=r"a/1\.png cannot be read: no such file; it could be when it was checked"):
         uncached.batch(np.array([0]))
 
 

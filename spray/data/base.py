@@ -4,10 +4,42 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from spray.errors import UserError
+
+
+class UnreadableSampleError(UserError):
+    """A sample cannot be read, found out when it was used.
+
+    Parameters
+    ----------
+    index : int
+        The sample, as it was asked for.
+    reason : str
+        What is wrong with it, without its name.
+    message : str, optional
+        The whole line for the user, with the sample's name.
+
+    Attributes
+    ----------
+    index : int
+        The sample.
+    reason : str
+        What is wrong with it.
+    """
+
+    def __init__(self, index: int, reason: str, message: str | None = None) -> None:
+        super().__init__(message or f"sample {index} cannot be read: {reason}")
+        self.index, self.reason = index, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # It comes back from worker processes.
+        return type(self), (self.index, self.reason, str(self))
 
 
 class ImageDataset(ABC):
@@ -41,7 +73,15 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def batch(self, indices: np.ndarray) -> Tensor:
-        """Return the images at `indices`: float32 (n, C, H, W) in [0, 1], before any normalisation."""
+        """Return the images at `indices`: float32 (n, C, H, W) in [0, 1], before any normalisation.
+
+        Several threads may call it at once.
+
+        Raises
+        ------
+        UnreadableSampleError
+            If one of them cannot be read.
+        """
 
 
 class Normalizer:

@@ -1,7 +1,10 @@
-"""Image files to arrays: formats, colour modes, orientation and size."""
+"""Images to arrays: formats, colour modes, orientation and size."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +27,21 @@ UPRIGHT = {
 
 
 class UnreadableImageError(Exception):
-    """A file that is no image that can be read; the message says why, without the file's name."""
+    """Something that is no image that can be read; the message says why, without its name.
+
+    Attributes
+    ----------
+    lasting : bool
+        False where trying again may help: the system failed, not the image.
+    """
+
+    def __init__(self, reason: str, lasting: bool = True) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
 
 
-def decode(path: Path, size: int) -> np.ndarray:
-    """Read an image as RGB of one size.
+def decode(source: Path | bytes, size: int | None, channels: int = 3) -> np.ndarray:
+    """Read an image as RGB or grey of one size.
 
     - The first frame of an animation, the first page of a document.
     - Turned upright as its EXIF orientation says.
@@ -40,38 +53,67 @@ def decode(path: Path, size: int) -> np.ndarray:
 
     Parameters
     ----------
-    path : Path
-        The file.
-    size : int
-        Height and width of the result.
+    source : Path or bytes
+        A file, or what would be in it.
+    size : int or None
+        Height and width of the result; None keeps those of the image.
+    channels : int, default 3
+        3 for RGB, 1 for grey.
 
     Returns
     -------
-    ndarray of uint8, shape (3, size, size)
+    ndarray of uint8, shape (channels, size, size)
 
     Raises
     ------
     UnreadableImageError
         If the file is missing, empty, truncated, no image, or holds more pixels than Pillow deems safe.
     """
-    try:
-        # Opening a pipe would wait for ever.
-        if not path.is_file():
-            raise UnreadableImageError("no such file" if not path.exists() else "not a regular file")
-        if path.stat().st_size == 0:
+    with reasons():
+        if isinstance(source, Path):
+            # Opening a pipe would wait for ever.
+            if not source.is_file():
+                raise UnreadableImageError("no such file" if not source.exists() else "not a regular file")
+            n_bytes = source.stat().st_size
+        else:
+            n_bytes = len(source)
+        if n_bytes == 0:
             raise UnreadableImageError("the file is empty")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source if isinstance(source, Path) else BytesIO(source), formats=FORMATS) as image:
             image.load()
-            upright = _upright(_to_rgb(image), _orientation(image))
-            return np.asarray(_square(upright, size)).transpose(2, 0, 1)
+            return decode_image(image, size, channels)
+
+
+def decode_image(image: Image.Image, size: int | None, channels: int = 3) -> np.ndarray:
+    """Bring an image of Pillow to the form that `decode` gives.
+
+    Raises
+    ------
+    UnreadableImageError
+        If its pixels have no known range. Damaged ones raise errors of many kinds; see `reasons`.
+    """
+    upright = _upright(_to_rgb(image), _orientation(image))
+    if channels == 1:
+        upright = upright.convert("L")
+    pixels = np.asarray(upright if size is None else resize(upright, size))
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+@contextmanager
+def reasons() -> Iterator[None]:
+    """Turn every error of the block into an `UnreadableImageError` with a reason of one line."""
+    try:
+        yield
     except UnreadableImageError:
         raise
     except Image.UnidentifiedImageError:
         raise UnreadableImageError("not an image of a known format") from None
     # Pillow's decoders raise errors of many kinds on damaged files, SyntaxError and struct.error among them.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImageError(reason) from None
+        # Pillow's own OSErrors have no number.
+        of_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        raise UnreadableImageError(reason or type(error).__name__, lasting=not of_system) from None
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -113,7 +155,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values * 255).astype(np.uint8))
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
+def resize(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to `size` and crop the centre, in one step that computes the crop alone."""
     shorter = min(image.size)
     box: list[float] = []

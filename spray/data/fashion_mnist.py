@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from spray.data.arrays import ArrayDataset
+from spray.data.cache import cache_folder
 from spray.errors import UserError
 
 CLASSES = (
@@ -44,7 +45,8 @@ def fashion_mnist(folder: Path | None = None) -> tuple[ArrayDataset, ArrayDatase
     ----------
     folder : Path, optional
         Where the four idx files lie, compressed or not. If not given: the folder of Debian's package, else
-        the cache (``$SPRAY_DATA`` or ``~/.cache/spray``), into which torchvision downloads what is missing.
+        ``$SPRAY_DATA``, else the cache (see `spray.data.cache.cache_folder`), into which torchvision downloads
+        what is missing.
 
     Returns
     -------
@@ -131,9 +133,11 @@ def _holding(folder: Path) -> Path | None:
 
 
 def _find() -> Path:
-    cache = Path(os.environ.get("SPRAY_DATA") or "~/.cache/spray").expanduser()
-    found = _holding(DEBIAN_FOLDER) or _holding(cache)
-    return found or _download(cache)
+    if found := _holding(DEBIAN_FOLDER):
+        return found
+    own = os.environ.get("SPRAY_DATA")
+    cache = Path(own).expanduser() if own else cache_folder()
+    return _holding(cache) or _download(cache)
 
 
 def _download(cache: Path) -> Path:

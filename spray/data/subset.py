@@ -7,7 +7,7 @@ from hashlib import sha256
 import numpy as np
 from torch import Tensor
 
-from spray.data.base import ImageDataset
+from spray.data.base import ImageDataset, UnreadableSampleError
 
 
 class Subset(ImageDataset):
@@ -30,7 +30,12 @@ class Subset(ImageDataset):
 
     def batch(self, indices: np.ndarray) -> Tensor:
         """Return the images at `indices`: float32 (n, C, H, W) in [0, 1]."""
-        return self._dataset.batch(self._indices[indices])
+        try:
+            return self._dataset.batch(self._indices[indices])
+        except UnreadableSampleError as error:
+            asked = np.asarray(indices, dtype=np.int64)
+            own = int(asked[self._indices[asked] == error.index][0])
+            raise UnreadableSampleError(own, error.reason, str(error)) from None
 
 
 def per_class(dataset: ImageDataset, most: int | None) -> ImageDataset:
@@ -40,5 +45,10 @@ def per_class(dataset: ImageDataset, most: int | None) -> ImageDataset:
     kept = []
     for label in range(len(dataset.classes)):
         members = np.flatnonzero(dataset.labels == label)
-        kept.append(members[np.unique(np.linspace(0, len(members) - 1, min(most, len(members))).astype(int))])
+        kept.append(members[even_sample(len(members), most)])
     return Subset(dataset, np.sort(np.concatenate(kept)))
+
+
+def even_sample(n: int, most: int) -> np.ndarray:
+    """Return up to `most` of the numbers below `n`, spread evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64)) if n else np.empty(0, dtype=np.int64)
