@@ -1,62 +1,189 @@
-"""The second stage: the relevance of every training sample's pixels."""
+"""The second stage: the relevance of every training sample's pixels.
+
+Computed in shards, each a file of its own that is there whole or not at all, by one of the backends in
+`pipelines/compute`. What is on disk is the truth: only shards that are missing are computed, whoever was killed
+before, and at the end they are streamed into `attributions.h5`.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from spray.errors import UserError
+from spray.pipelines.compute import backend
+from spray.pipelines.compute.base import (
+    FOLDER,
+    Job,
+    ShardResult,
+    choose_shard_size,
+    layout_of,
+    make_job,
+    stored_layers,
+)
 from spray.pipelines.context import Context
+from spray.pipelines.record import digest, stamp
 from spray.pipelines.stage import Stage
-from spray.pipelines.validate import find_target
-from spray.storage import hdf5_writer
-from spray.training import batches
+from spray.storage import read_json, sha256, write_json, write_text
+from spray.store.assemble import assemble
+from spray.store.shards import DamagedShardError, Shard, ShardFacts, plan_shards, shard_header
+
+RESULT, QUARANTINED = "attributions.h5", "quarantined.csv"
+MOST_REPAIRS = 3
+"""How often a shard that turns out damaged is computed again before the disk is given up."""
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write `attributions.h5`; row i is training sample i."""
-    options = context.config.attribution
-    dataset, model = context.train, context.model
-    n, shape = len(dataset), dataset.image_shape
-    empty = 0
-    with hdf5_writer(context.run_dir / "attributions.h5") as file:
-        relevances = file.create_dataset("attribution", (n, *shape), options.dtype, chunks=(1, *shape), fletcher32=True)
-        predictions = file.create_dataset("prediction", (n, len(dataset.classes)), "float32")
-        file["label"] = np.asarray(dataset.labels, dtype=np.int64)
-        parts = list(batches(n, options.batch_size))
-        for part in context.progress(parts, len(parts), "heatmap batches"):
-            x = context.normalizer(dataset.batch(part), context.device)
-            with torch.inference_mode():
-                logits = model(x)
-            relevance = context.explain(model, x, _target(context, part, logits))
-            _check(relevance, dataset.names, part)
-            empty += int((relevance.flatten(1).abs().amax(dim=1) == 0).sum())
-            relevances[part[0] : part[-1] + 1] = relevance.cpu().numpy().astype(options.dtype)
-            predictions[part[0] : part[-1] + 1] = logits.float().cpu().numpy()
-        for name in ("method", "composite", "target"):
-            file.attrs[name] = str(getattr(options, name))
-        if empty == n:
+    """Write `attributions.h5`, of which row i is training sample i, and `quarantined.csv`."""
+    weights = sha256(context.run_dir / "model.pt")
+    # The stage's key does not tell weights apart that were trained twice, which differ on a GPU.
+    key = digest({"stage": context.key, "weights": weights, "images": context.train.fingerprint})
+    job = make_job(context, key, weights, 0)
+    if (facts := _assembled(context, job)) is not None:
+        return facts
+    job = make_job(context, key, weights, _planned_shard_size(context, job))
+    shards = plan_shards(len(context.train), job.shard_size)
+    missing = [shard for shard in shards if not _is_there(job, shard)]
+    _tell(context, job, len(shards), len(missing))
+    tally = Tally(context)
+    if missing:
+        backend(context.config.compute.name)(context, job, missing, tally)
+        if tally.empty == tally.samples - tally.quarantined:
             raise UserError("every heatmap is zero: the model does not respond to its input; check its weights")
+    results = _assemble(context, job, shards, tally)
+    facts = _facts(context, results)
+    _write_quarantined(context, results)
+    write_json(job.folder / "assembled.json", {"stamp": stamp(context.run_dir / RESULT), "facts": facts})
+    return facts
+
+
+def tidy(context: Context) -> None:
+    """Remove the shards: `attributions.h5` was verified, and run.json knows it."""
+    shutil.rmtree(context.run_dir / FOLDER, ignore_errors=True)
+
+
+class Tally:
+    """Counts the samples of the shards as they are done, and stops the run when too many could not be explained."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.samples = self.quarantined = self.empty = 0
+
+    def __call__(self, result: ShardResult) -> None:
+        """Take note of a finished shard."""
+        self.samples += result.size
+        self.quarantined += result.quarantined
+        self.empty += result.empty
+        self.check(self.quarantined)
+
+    def check(self, quarantined: int) -> None:
+        """Raise a UserError if so many are too many."""
+        share, n = self.context.config.attribution.max_bad, len(self.context.train)
+        if quarantined > share * n:
+            raise UserError(
+                f"{quarantined} of {n} samples could not be explained, more than attribution.max_bad={share} allows; "
+                f"the reasons stand in {self.context.run_dir / 'run.log'}; what is computed is kept"
+            )
+
+
+def _planned_shard_size(context: Context, job: Job) -> int:
+    """Return the shard size that the shards on disk were cut with, or for a new run the configured one."""
+    path = job.folder / "plan.json"
+    if path.is_file():
+        size = int(read_json(path)["shard_size"])
+        wanted = context.config.compute.shard_size
+        if wanted not in (None, size):
+            context.log.info("shards of %d samples are there already: compute.shard_size=%d waits", size, wanted)
+        return size
+    size = choose_shard_size(context)
+    write_json(path, {"shard_size": size, "n": len(context.train), "key": job.key})
+    return size
+
+
+def _is_there(job: Job, shard: Shard) -> bool:
+    """Return whether a shard's file is there and says that it is the right one; its bytes are checked later."""
+    path = job.folder / shard.name
+    try:
+        header = shard_header(path)
+    except DamagedShardError:
+        return False
+    return (header.start, header.stop, header.key) == (shard.start, shard.stop, job.key)
+
+
+def _tell(context: Context, job: Job, shards: int, missing: int) -> None:
+    if missing < shards:
+        context.log.info("%d of %d shards are there already", shards - missing, shards)
+    others = [path for path in job.folder.parent.iterdir() if path.is_dir() and path != job.folder]
+    if others:
+        context.log.info(
+            "%d shards of other settings are kept in %s until this run is done",
+            sum(len(list(path.glob("*.h5"))) for path in others),
+            job.folder.parent,
+        )
+
+
+def _assemble(context: Context, job: Job, shards: Sequence[Shard], tally: Tally) -> list[ShardFacts]:
+    """Stream the shards into the final file; those that are damaged are computed again."""
+    options = context.config.attribution
+    attributes = {name: str(getattr(options, name)) for name in ("method", "composite", "target", "channels")}
+    layout = layout_of(context, job.shard_size)
+    repairs: Counter[Path] = Counter()
+    while True:
+        try:
+            result = context.run_dir / RESULT
+            return assemble(job.folder, shards, job.key, layout, result, attributes, context.progress)
+        except DamagedShardError as error:
+            repairs[error.path] += 1
+            if repairs[error.path] > MOST_REPAIRS:
+                raise UserError(f"{error}, and so it was when computed again: the disk is not to be trusted") from None
+            context.log.warning("%s; it is computed again", error)
+            shard = next(shard for shard in shards if shard.name == error.path.name)
+            error.path.unlink(missing_ok=True)
+            backend(context.config.compute.name)(context, job, [shard], tally)
+
+
+def _facts(context: Context, results: Sequence[ShardFacts]) -> dict[str, Any]:
+    """Return the stage's facts; say what is wrong with the heatmaps, if anything is."""
+    n = len(context.train)
+    quarantined = sum(len(result.quarantined) for result in results)
+    empty = sum(int(result.facts["empty"]) for result in results)
+    Tally(context).check(quarantined)
     if empty:
         context.log.warning("%d of %d heatmaps are zero; they are left out of the clusters", empty, n)
-    return {"samples": n, "empty_heatmaps": empty}
+    if quarantined:
+        context.log.warning("%d samples could not be explained; see %s", quarantined, QUARANTINED)
+    computed: dict[str, list[str]] = {
+        name: sorted({result.facts[name] for result in results}) for name in ("batch_size", "device")
+    }
+    layers = stored_layers(context.config)
+    return {"samples": n, "empty_heatmaps": empty, "quarantined": quarantined, "layers": layers, **computed}
 
 
-def _target(context: Context, part: np.ndarray, logits: Tensor) -> int | Tensor:
-    target = find_target(context.config.attribution.target, logits.shape[1])
-    if target == "label":
-        return torch.from_numpy(np.asarray(context.train.labels)[part]).to(logits.device)
-    return logits.argmax(dim=1) if isinstance(target, str) else target
+def _write_quarantined(context: Context, results: Sequence[ShardFacts]) -> None:
+    """Write which samples could not be explained, and which files were left out from the start, with reasons."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["sample_index", "name", "reason"])
+    for result in results:
+        for index, reason in sorted(result.quarantined.items()):
+            writer.writerow([index, context.train.names[index], reason])
+    # These have no row: they were no images from the start.
+    writer.writerows(["", name, reason] for name, reason in context.train.unreadable)
+    write_text(context.run_dir / QUARANTINED, table.getvalue())
 
 
-def _check(relevance: Tensor, names: Any, part: np.ndarray) -> None:
-    good = torch.isfinite(relevance.flatten(1)).all(dim=1)
-    if not good.all():
-        first = int(part[int((~good).nonzero()[0])])
-        raise UserError(f"the relevance of sample {first} ({names[first]}) is not finite; try attribution=epsilon")
+def _assembled(context: Context, job: Job) -> dict[str, Any] | None:
+    """Return the facts of a run that was killed between its last step and the note of it in run.json."""
+    path, result = job.folder / "assembled.json", context.run_dir / RESULT
+    if not path.is_file() or not result.is_file() or not (context.run_dir / QUARANTINED).is_file():
+        return None
+    said = read_json(path)
+    return dict(said["facts"]) if said["stamp"] == list(stamp(result)) else None
 
 
 STAGE = Stage(
@@ -68,8 +195,12 @@ STAGE = Stage(
         "attribution.options",
         "attribution.layer",
         "attribution.target",
+        "attribution.channels",
+        "attribution.pool",
         "attribution.dtype",
+        "compute.compression",
     ),
-    outputs=("attributions.h5",),
+    outputs=(RESULT, QUARANTINED),
     run=run,
+    tidy=tidy,
 )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from spray.pipelines.config import SprayConfig
 
 T = TypeVar("T")
+LOG_SECONDS = 30.0
+"""How often progress is told where there is no terminal."""
 # Composites whose first layer takes the bounds of the input.
 BOUNDED = ("epsilon_gamma_box", "deep_taylor")
 
@@ -48,6 +52,8 @@ class Context:
         self.config = config
         self.run_dir = run_dir
         self.log = log
+        self.key = ""
+        """Of the stage that runs: it stands for all that decides its result."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -91,20 +97,58 @@ class Context:
             load_checkpoint(model, options.checkpoint)
         return model.to(self.device).eval()
 
-    def explain(self, model: nn.Module, images: Tensor, target: int | Tensor) -> Tensor:
+    def explain(self, model: nn.Module, images: Tensor, target: int | Tensor | None) -> Tensor:
         """Return the relevance (n, C, H, W) of normalised images of that shape, computed as configured."""
         from spray.attribution import explain
 
+        method, composite, options = self._attribution(images, layers=False)
+        result: Tensor = explain(model, images, target, method, composite, **options)
+        return result
+
+    def attribute(self, model: nn.Module, images: Tensor, labels: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what is stored of normalised images (n, C, H, W) whose classes are `labels`.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The relevance of the input under "", and (n, channels) that of the configured inner layers.
+        Tensor
+            The logits (n, classes).
+        """
+        from spray.attribution.explanation import explain_with_logits
+        from spray.pipelines.validate import find_target
+
+        target = find_target(self.config.attribution.target, len(self.train.classes))
+        classes: int | Tensor | None = None if target == "prediction" else target  # type: ignore[assignment]
+        if target == "label":
+            classes = torch.from_numpy(np.asarray(labels, np.int64)).to(images.device)
+        method, composite, options = self._attribution(images, layers=True)
+        R, logits = explain_with_logits(model, images, classes, method, composite, **options)
+        return (R if isinstance(R, dict) else {"": R}), logits
+
+    def layer_sizes(self) -> dict[str, int]:
+        """Return how many channels each inner layer has whose relevance is stored."""
+        images = self.normalizer(self.train.batch(np.arange(2)), self.device)
+        R, _ = self.attribute(self.model, images, np.asarray(self.train.labels)[:2])
+        return {name: relevance.shape[1] for name, relevance in R.items() if name}
+
+    def _attribution(self, images: Tensor, layers: bool) -> tuple[str, Any, dict[str, Any]]:
+        """Return method, composite and options as configured."""
+        from spray.pipelines.compute.base import stored_layers
+
         config = self.config.attribution
         options: dict[str, Any] = {}
-        if config.method == "lrp" and needs_bounds(config.composite):
+        lrp = config.method == "lrp"
+        if lrp and needs_bounds(config.composite):
             black = torch.zeros(images.shape[1], 1, 1, device=images.device)
             options = {"low": self.normalizer(black), "high": self.normalizer(black + 1)}
-        if config.layer is not None:
+        if config.dtype == "bfloat16":
+            options["relevance_dtype" if lrp else "autocast"] = "bfloat16"
+        if stored := stored_layers(self.config):
+            options |= {"layer": ["", *stored], "sum_positions": True} if layers else {}
+        elif config.layer:
             options["layer"] = config.layer
-        options |= config.options or {}
-        result: Tensor = explain(model, images, target, config.method, config.composite, **options)
-        return result
+        return config.method, config.composite, options | (config.options or {})
 
     @cached_property
     def model(self) -> nn.Module:
@@ -119,18 +163,22 @@ class Context:
         load_checkpoint(model, str(path))
         return model.to(self.device).eval()
 
+    @property
+    def batch_size(self) -> int:
+        """How many images are put through a model at once outside of the attribute stage."""
+        size = self.config.attribution.batch_size
+        return 64 if size == "auto" else int(size)
+
     def predict(self, model: nn.Module, dataset: ImageDataset) -> Tensor:
         """Return a model's logits (n, classes) for a whole dataset, on the CPU."""
         from spray.training import predict
 
-        return predict(
-            model, dataset, self.normalizer, batch_size=self.config.attribution.batch_size, device=self.device
-        )
+        return predict(model, dataset, self.normalizer, batch_size=self.batch_size, device=self.device)
 
     @torch.inference_mode()
     def predict_pixels(self, model: nn.Module, pixels: Tensor) -> Tensor:
         """Return a model's logits (n, classes) for pixels (n, C, H, W) in [0, 1], on the CPU."""
-        parts = pixels.split(self.config.attribution.batch_size)
+        parts = pixels.split(self.batch_size)
         return torch.cat([model(self.normalizer(p, self.device)).float().cpu() for p in parts])
 
     def forget_model(self) -> None:
@@ -138,23 +186,43 @@ class Context:
         self.__dict__.pop("model", None)
 
     def progress(self, iterable: Iterable[T], total: int, what: str) -> Iterator[T]:
-        """Yield from `iterable`; a terminal shows count, rate and time left meanwhile."""
-        if not sys.stderr.isatty():
-            yield from iterable
-            return
+        """Yield from `iterable`; count, rate and time left are shown meanwhile."""
+        with self.counter(total, what) as count:
+            for item in iterable:
+                yield item
+                count(1)
+
+    @contextmanager
+    def counter(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
+        """Give a function that is told how many more are done.
+
+        Count, rate and time left stand in one line of a terminal; elsewhere a line is logged now and then.
+        """
+        terminal = sys.stderr.isatty()
         start = shown = time.monotonic()
         done = 0
-        for done, item in enumerate(iterable, start=1):
-            yield item
+
+        def count(more: int) -> None:
+            nonlocal done, shown
+            done += more
             now = time.monotonic()
-            if now - shown > 0.2:
-                shown = now
-                rate = done / (now - start)
-                left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
-                sys.stderr.write(f"\r{what}: {done}/{total}, {rate:.1f}/s, {left} left\x1b[K")
+            if now - shown < (0.2 if terminal else LOG_SECONDS):
+                return
+            shown, rate = now, done / (now - start)
+            left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
+            text = f"{what}: {done}/{total}, {rate:.1f}/s, {left} left"
+            if terminal:
+                sys.stderr.write(f"\r{text}\x1b[K")
                 sys.stderr.flush()
-        sys.stderr.write("\r\x1b[K")
-        sys.stderr.flush()
+            else:
+                self.log.info("%s", text)
+
+        try:
+            yield count
+        finally:
+            if terminal:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
 
 
 def find_device(name: str) -> torch.device:

@@ -32,7 +32,7 @@ from spray.storage import remove_leftovers, sha256
 if TYPE_CHECKING:
     from spray.pipelines.context import Context
 
-RESULT_FORMAT = 2
+RESULT_FORMAT = 3
 """Raised when a stage's results change though no setting does: older ones are then computed again."""
 
 
@@ -81,6 +81,7 @@ def run_stages(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
             context.log.info("%s: up to date", decision.stage.name)
         else:
             _run(context, decision, record)
+        decision.stage.tidy(context)
     record.save()
 
 
@@ -183,6 +184,7 @@ def _run(context: Context, decision: Decision, record: Record) -> None:
     own = [path for path in old if _wrote(before, path, context.run_dir)]
     start = time.monotonic()
     _seed(context.config.seed)
+    context.key = decision.key
     try:
         facts = stage.run(context)
         for path in own:

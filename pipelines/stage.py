@@ -27,6 +27,8 @@ class Stage:
         empty; a plain file has to be there when the stage is done.
     run : callable
         Does the work; what it returns is kept in run.json as the stage's facts.
+    tidy : callable, optional
+        Removes what had to be kept until run.json says that the stage is done.
     """
 
     name: str
@@ -34,3 +36,4 @@ class Stage:
     settings: tuple[str, ...]
     outputs: tuple[str, ...]
     run: Callable[[Context], dict[str, Any] | None]
+    tidy: Callable[[Context], None] = lambda context: None

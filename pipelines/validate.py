@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spray.bulk.keeping import DTYPES
 from spray.errors import UserError
+from spray.pipelines.compute import COMPUTES
+from spray.store.layout import COMPRESSIONS
 
 if TYPE_CHECKING:
     from spray.pipelines.config import SprayConfig
@@ -18,7 +21,12 @@ LEAST = {
     "dataset.per_class": 1,
     "model.epochs": 1,
     "model.batch_size": 1,
-    "attribution.batch_size": 1,
+    "attribution.pool": 1,
+    "attribution.max_bad": 0,
+    "compute.shard_size": 1,
+    "compute.prefetch": 1,
+    "compute.threads": 1,
+    "compute.n_workers": 1,
     "analysis.n_neighbors": 1,
     "analysis.n_components": 1,
     "analysis.grid": 1,
@@ -32,8 +40,10 @@ LEAST = {
 }
 ABOVE = {"model.learning_rate": 0, "correction.learning_rate": 0}
 CHOICES = {
-    "attribution.dtype": ("float32", "float16"),
-    "compute.name": ("serial",),
+    "attribution.dtype": tuple(DTYPES),
+    "attribution.channels": ("all", "sum"),
+    "compute.name": tuple(COMPUTES.names()),
+    "compute.compression": tuple(COMPRESSIONS),
     "rank.score": ("cross_fitted", "fisher"),
 }
 # Stages that put images through the model.
@@ -81,11 +91,18 @@ def check_attribution(config: SprayConfig) -> None:
         For a layer where it has no meaning, or an option that the pipeline sets itself.
     """
     options = config.attribution
-    if options.layer is not None and options.method != "grad_cam":
+    if options.layer is not None and options.method not in ("lrp", "grad_cam"):
         raise UserError(
-            f"attribution.layer={options.layer} has no meaning for attribution.method={options.method}: heatmaps "
-            "are of the input; only grad_cam looks at a layer"
+            f"attribution.layer={options.layer} has no meaning for attribution.method={options.method}; lrp stores "
+            "the relevance of inner layers, grad_cam looks at one"
         )
+    names = options.layer if isinstance(options.layer, list) and options.method == "lrp" else [options.layer or ""]
+    if any(not isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        allowed = "a name" + (" or a list of different names" if options.method == "lrp" else "")
+        raise UserError(f"attribution.layer={options.layer} must be {allowed}, as in model.named_modules()")
+    size = options.batch_size
+    if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise UserError(f"attribution.batch_size={size} must be a number from 1, or auto")
     if not isinstance(options.options, dict | None):
         raise UserError(
             f"attribution.options={options.options} is no mapping; write attribution.options={{gamma: 0.1}}"
@@ -118,8 +135,8 @@ def try_out(context: Context, stages: Collection[str]) -> None:
     n_classes = len(context.train.classes)
     check_model(model, images, n_classes)
     if "attribute" in stages:
-        target = find_target(context.config.attribution.target, n_classes)
-        context.explain(model, images, target if isinstance(target, int) else 0)
+        find_target(context.config.attribution.target, n_classes)
+        context.attribute(model, images, np.zeros(2))
     if "correct" in stages and "p_clarc" in context.config.correction.methods:
         from spray.correction.projection import output_layer
 

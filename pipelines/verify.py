@@ -95,7 +95,7 @@ def _attacked(context: Context, model: nn.Module, attack: Attack) -> dict[str, A
     others = np.flatnonzero(context.test.labels != attack.class_index)
     explained = set(others[:: max(1, -(-len(others) // context.config.verify.n_explained))].tolist())
     logits, shares = [], []
-    for part in batches(len(others), context.config.attribution.batch_size):
+    for part in batches(len(others), context.batch_size):
         indices = others[part]
         pixels, mask = attack.add(context.test.batch(indices), indices)
         logits.append(context.predict_pixels(model, pixels))

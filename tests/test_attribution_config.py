@@ -68,7 +68,7 @@ def test_other_methods_take_their_options(method: str, tmp_path: Path) -> None:
         (["attribution.options={gamma: 0.1}"], "takes no option gamma; allowed: epsilon"),
         (["attribution.options={layer: fc}"], "attribution.options has layer"),
         (["attribution.options=gamma"], "is no mapping"),
-        (["attribution.layer=fc"], "only grad_cam looks at a layer"),
+        (["attribution.layer=fc"], "the model has no layer 'fc'"),
         (["attribution.method=grad_cam", "attribution.layer=fd"], "fd"),
         (["attribution.composite={frist: flat}"], "neither a kind of layer"),
         (["attribution.composite={first: flatt}"], "did you mean 'flat'"),

@@ -1,0 +1,18 @@
+"""One shard after the other, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from spray.pipelines.compute.base import Job, ShardResult, ShardWorker
+from spray.pipelines.context import Context
+from spray.store.shards import Shard
+
+
+def run(context: Context, job: Job, shards: Sequence[Shard], on_done: Callable[[ShardResult], None]) -> None:
+    """Compute the shards here, with the context's own model and data."""
+    worker = ShardWorker(context, job)
+    total = sum(shard.size for shard in shards)
+    with context.counter(total, "heatmaps") as count:
+        for result in worker.run_all(shards, count):
+            on_done(result)
