@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,21 @@ import numpy as np
 
 from spray.errors import UserError
 from spray.storage import replacing
-from spray.store.layout import Layout, new_file
-from spray.store.shards import DamagedShardError, Shard, ShardFacts, chunks, disk_errors, open_shard, update
+from spray.store.disk import closing, disk_errors, new_file
+from spray.store.layout import DIGESTS, Layout
+from spray.store.shards import (
+    DamagedShardError,
+    Shard,
+    ShardFacts,
+    chunks,
+    join,
+    open_shard,
+    rows_sha256,
+    update,
+    write_chunk,
+)
 
 FORMAT = "spray attributions 1"
-
-DIGESTS = "sha256"
-"""Name of the dataset with each shard's SHA-256, and of the attribute with that of the other attributes."""
 
 Progress = Callable[[Iterable[Shard], int, str], Iterable[Shard]]
 
@@ -78,29 +85,22 @@ def assemble(
         raise ValueError(f"the shards are not those of {layout.shard_size} samples each")
     through = progress or _silent
     with disk_errors(path), replacing(path) as temporary:
-        with _closed(new_file(temporary)) as file:
+        file = new_file(temporary)
+        with closing(file, temporary):
             datasets = layout.create(file, layout.n)
             copied = through(shards, len(shards), "shards put together")
             facts = [_copy(folder / shard.name, shard, key, layout, datasets) for shard in copied]
             _describe(file, layout, {**attributes, "key": key}, facts)
         _forget(temporary)
         with h5py.File(temporary, "r") as file:
+            datasets = {name: file[name] for name in layout.names}
             for shard, fact in zip(through(shards, len(shards), "shards compared"), facts, strict=True):
-                if rows_sha256(file, layout.names, shard.start, shard.stop) != fact.data_sha256:
+                if rows_sha256(datasets, shard.start, shard.stop) != fact.data_sha256:
                     raise UserError(
                         f"{path}: the disk doesn't give back what was written to it; check the disk, then start "
                         "again: what is computed already is kept"
                     )
     return facts
-
-
-def rows_sha256(file: h5py.File, names: Iterable[str], start: int, stop: int) -> str:
-    """Return the SHA-256 of the stored chunks of some rows, array by array; chunks must start at `start`."""
-    digest = hashlib.sha256()
-    for name in names:
-        for chunk in chunks(file[name], start, stop):
-            update(digest, *chunk)
-    return digest.hexdigest()
 
 
 def attributes_sha256(attributes: Mapping[str, Any]) -> bytes:
@@ -110,15 +110,14 @@ def attributes_sha256(attributes: Mapping[str, Any]) -> bytes:
 
 
 def _copy(path: Path, shard: Shard, key: str, layout: Layout, to: Mapping[str, h5py.Dataset]) -> ShardFacts:
-    digest = hashlib.sha256()
+    digests = {name: hashlib.sha256() for name in layout.names}
     with open_shard(path, shard, key, layout) as (datasets, facts):
-        for name in layout.names:
+        for name, digest in digests.items():
             rows = to[name].chunks[0]
-            rest = (0,) * (to[name].ndim - 1)
             for number, (mask, raw) in enumerate(_read(path, datasets[name])):
                 update(digest, mask, raw)
-                to[name].id.write_direct_chunk((shard.start + number * rows, *rest), raw, mask)
-    if digest.hexdigest() != facts.data_sha256:
+                write_chunk(to[name], shard.start + number * rows, mask, raw)
+    if join(digests.values()) != facts.data_sha256:
         raise DamagedShardError(path, "changed while it was read")
     return facts
 
@@ -141,18 +140,6 @@ def _describe(
         file.attrs[name] = value
     # Not as text: HDF5 keeps that where it has no checksums.
     file.attrs[DIGESTS] = np.frombuffer(attributes_sha256(described), np.uint8)
-
-
-@contextmanager
-def _closed(file: h5py.File) -> Iterator[h5py.File]:
-    """Close the file; after an error HDF5 can fail to do so for the same reason, which is told already."""
-    try:
-        yield file
-    except BaseException:
-        with suppress(OSError, RuntimeError):
-            file.close()
-        raise
-    file.close()
 
 
 def _forget(path: Path) -> None:

@@ -6,11 +6,9 @@ that the stored bytes of a shard's chunks are those of the final file's.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -28,8 +26,11 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
 }
 """What `compute.compression` may be, as h5py's options. All of them come with every h5py."""
 
-PLAIN = ("attribution", "label", "prediction", "valid")
-"""Arrays that a layout may have, beside those of inner layers."""
+DIGESTS = "sha256"
+"""Name of the dataset with each shard's SHA-256, and of the attribute with that of the other attributes."""
+
+PLAIN = ("attribution", "label", "prediction", "valid", DIGESTS)
+"""Names that arrays may have, beside those of inner layers."""
 
 LAYER = "layer/"
 """Prefix of the arrays of inner layers; the name of the module follows."""
@@ -120,25 +121,26 @@ class Layout:
             return min(self.n, fit)
         return max(rows for rows in range(1, min(fit, self.shard_size) + 1) if self.shard_size % rows == 0)
 
-    def create(self, file: h5py.File, rows: int) -> dict[str, h5py.Dataset]:
-        """Create the arrays for `rows` samples in an empty file, and return them by name.
+    def create(self, file: h5py.File, rows: int | None) -> dict[str, h5py.Dataset]:
+        """Create the arrays for `rows` samples, or for a chunk each, in an empty file; return them by name.
 
-        Values that are never written are not filled in, and each chunk carries a checksum (fletcher32).
+        Each chunk carries a checksum (fletcher32).
         """
         datasets = {}
         for name in self.names:
             spec = self.arrays[name]
             chunk = self.rows_per_chunk(spec)
+            length = chunk if rows is None else rows
             group = file
             for part in name.split("/")[:-1]:
                 group = group[part] if part in group else _untimed_group(group, part)
             datasets[name] = group.create_dataset(
                 name.split("/")[-1],
-                (rows, *spec.shape),
+                (length, *spec.shape),
                 spec.stored,
                 chunks=(chunk, *spec.shape),
                 # HDF5 wants room for the whole of the last chunk, which has fewer rows in the last shard.
-                maxshape=(-(-rows // chunk) * chunk, *spec.shape),
+                maxshape=(-(-length // chunk) * chunk, *spec.shape),
                 fletcher32=True,
                 track_times=False,
                 **COMPRESSIONS[self.compression],
@@ -154,30 +156,6 @@ def describe(dataset: h5py.Dataset) -> tuple[Any, ...]:
     # NumPy's dtype alone would let pass a float with another exponent or bit order.
     exact = kind.equal(h5py.h5t.py_create(dataset.dtype, logical=True))
     return dataset.shape, dataset.maxshape, dataset.dtype.str, exact, dataset.chunks, filters
-
-
-def new_file(path: Path | str, userblock: int = 0) -> h5py.File:
-    """Create an HDF5 file whose bytes depend on its contents only, and whose metadata carry checksums.
-
-    The format is that of HDF5 1.10 (2016), which every h5py of today reads. The older default format has no
-    checksums in its metadata and notes the time at which a group was made.
-
-    Parameters
-    ----------
-    path : Path
-        Must not exist.
-    userblock : int
-        Bytes left free at the start: 0, 512, 1024, …
-    """
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
-    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
-    creation.set_userblock(userblock)
-    creation.set_obj_track_times(False)
-    # Many attributes together would otherwise move into a heap, whose large entries have no checksum.
-    creation.set_attr_phase_change(65535, 0)
-    return h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_EXCL, fcpl=creation, fapl=access))
 
 
 def _untimed_group(parent: h5py.Group, name: str) -> h5py.Group:

@@ -6,12 +6,10 @@ bytes. That is compared before HDF5, which doesn't check what it follows in a fi
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +18,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from spray.errors import UserError
 from spray.storage import replacing
-from spray.store.layout import Layout, describe, new_file
+from spray.store.disk import Encoder, closing, disk_errors, new_file
+from spray.store.layout import Layout, describe
 
 FORMAT = "spray shard 1"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK, _HEADER = 512, 448
 """Bytes of the block before the HDF5 file and of the text in it; a SHA-256 in hexadecimal is the rest."""
 
@@ -110,13 +107,16 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self.quarantined: dict[int, str] = {}
         self._chunk = {name: layout.rows_per_chunk(spec) for name, spec in layout.arrays.items()}
         self._written = dict.fromkeys(layout.names, 0)
+        self._digests = {name: hashlib.sha256() for name in layout.names}
         self._waiting = {name: np.empty((0, *spec.shape), spec.stored) for name, spec in layout.arrays.items()}
 
     def __enter__(self) -> ShardWriter:
         with disk_errors(self.path), ExitStack() as stack:
             self._temporary = stack.enter_context(replacing(self.path))
+            self._encoder = Encoder(self.layout)
+            stack.callback(self._encoder.close)
             self._file = new_file(self._temporary, _BLOCK)
-            stack.callback(self._close)
+            stack.enter_context(closing(self._file, self._temporary))
             self._datasets = self.layout.create(self._file, self.shard.size)
             self._stack = stack.pop_all()
         return self
@@ -183,15 +183,15 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             # A copy, so that a few rows don't keep the whole batch in memory.
             self._waiting[name] = array[last - at :].copy()
         for stop, name, part in sorted(ready, key=lambda each: each[:2]):
-            self._datasets[name][stop - len(part) : stop] = part
+            mask, raw = self._encoder.encode(name, part)
+            write_chunk(self._datasets[name], stop - len(part), mask, raw)
+            update(self._digests[name], mask, raw)
 
     def _finish(self) -> None:
         """Describe the data, then the file: what closes it can't be written by HDF5, since it covers HDF5's bytes."""
         if self.rows != self.shard.size:
             raise ValueError(f"{self.shard} has {self.shard.size} rows, but got {self.rows}")
-        # HDF5 does not give out the stored bytes of chunks that it still holds in its cache.
-        self._file.flush()
-        data = data_sha256(self._datasets, self.layout)
+        data = join(self._digests[name] for name in self.layout.names)
         head = _head(self.shard, self.key, self.facts, self.quarantined, data)
         for name, value in head.items():
             self._file.attrs[name] = value
@@ -200,11 +200,6 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         header = _block(self.shard, self.key)
         with self._temporary.open("r+b") as raw:
             raw.write(header + _rest_sha256(raw, header))
-
-    def _close(self) -> None:
-        # After an error, HDF5 can fail to close the file for the same reason: that one is told already.
-        with suppress(OSError, RuntimeError):
-            self._file.close()
 
 
 def shard_writer(
@@ -249,7 +244,7 @@ def read_shard(path: Path, shard: Shard, key: str, layout: Layout) -> ShardFacts
         key or layout.
     """
     with open_shard(path, shard, key, layout) as (datasets, facts):
-        if data_sha256(datasets, layout) != facts.data_sha256:
+        if rows_sha256(datasets) != facts.data_sha256:
             raise DamagedShardError(path, "contradicts itself")
         return facts
 
@@ -325,13 +320,18 @@ def _names(file: h5py.File) -> set[str]:
     return names
 
 
-def data_sha256(datasets: Mapping[str, h5py.Dataset], layout: Layout) -> str:
-    """Return the SHA-256 of the chunks of a shard's arrays as they are stored."""
-    digest = hashlib.sha256()
-    for name in layout.names:
-        for chunk in chunks(datasets[name]):
+def rows_sha256(datasets: Mapping[str, h5py.Dataset], start: int = 0, stop: int | None = None) -> str:
+    """Return the SHA-256 of some rows as they are stored, in all arrays; a chunk must begin at `start`."""
+    digests = {name: hashlib.sha256() for name in sorted(datasets)}
+    for name, digest in digests.items():
+        for chunk in chunks(datasets[name], start, stop):
             update(digest, *chunk)
-    return digest.hexdigest()
+    return join(digests.values())
+
+
+def join(digests: Iterable[Any]) -> str:
+    """Return one SHA-256 of those of the arrays, in order of their names."""
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def chunks(dataset: h5py.Dataset, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
@@ -342,28 +342,15 @@ def chunks(dataset: h5py.Dataset, start: int = 0, stop: int | None = None) -> It
         yield mask, raw
 
 
+def write_chunk(dataset: h5py.Dataset, row: int, mask: int, raw: bytes) -> None:
+    """Write a stored chunk, whose first row is `row`."""
+    dataset.id.write_direct_chunk((row, *(0,) * (dataset.ndim - 1)), raw, mask)
+
+
 def update(digest: Any, mask: int, raw: bytes) -> None:
     """Add a stored chunk to a hash; its length comes first, so that borders count too."""
     digest.update(struct.pack("<IQ", mask, len(raw)))
     digest.update(raw)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses while `path` is written into a user's error."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        number = getattr(error, "errno", None)
-        if number in _FULL or any(f"errno = {full}," in str(error) for full in _FULL):
-            raise UserError(
-                f"no space left for {path}: free some or choose another run_dir, then start again; what is "
-                "computed already is kept"
-            ) from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            what = os.strerror(number)
-            raise UserError(f"{Path(path).parent} can't be written to ({what}): choose another run_dir") from error
-        raise
 
 
 def _head(

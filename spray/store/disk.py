@@ -1,0 +1,115 @@
+"""New HDF5 files on a disk that may fail.
+
+HDF5 crashes the process (a segmentation fault, measured with HDF5 2.0) when it closes a dataset while values
+that it holds back can't be written, as on a full disk. So it never holds values back here: chunks are filtered
+in memory and then written directly, and what is left in its caches are metadata, which fail with an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from spray.errors import UserError
+from spray.store.layout import Layout
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def new_file(path: Path | str, userblock: int = 0) -> h5py.File:
+    """Create an HDF5 file whose bytes depend on its contents only, and whose metadata carry checksums.
+
+    The format is that of HDF5 1.10 (2016), which every h5py of today reads. The older default format has no
+    checksums in its metadata.
+
+    Parameters
+    ----------
+    path : Path
+        Must not exist.
+    userblock : int
+        Bytes left free at the start: 0, 512, 1024, …
+    """
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_userblock(userblock)
+    creation.set_obj_track_times(False)
+    # Many attributes together would otherwise move into a heap, whose large entries have no checksum.
+    creation.set_attr_phase_change(65535, 0)
+    return h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_EXCL, fcpl=creation, fapl=access))
+
+
+@contextmanager
+def closing(file: h5py.File, path: Path) -> Iterator[None]:
+    """Close a new file; after an error its space is given back at once, since the file is of no use then."""
+    try:
+        yield
+        file.close()
+    except BaseException:
+        # HDF5 can fail to close the file, and keeps it open then; with nothing in it that costs nothing.
+        with suppress(OSError):
+            os.truncate(path, 0)
+        with suppress(OSError, RuntimeError):
+            file.close()
+        raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses while `path` is written into a user's error."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = getattr(error, "errno", None)
+        if number in _FULL or any(f"errno = {full}," in str(error) for full in _FULL):
+            raise UserError(
+                f"no space left for {path}: free some or choose another run_dir, then start again; what is "
+                "computed already is kept"
+            ) from error
+        if number in _FORBIDDEN:
+            what = os.strerror(number)
+            raise UserError(f"{Path(path).parent} can't be written to ({what}): choose another run_dir") from error
+        raise
+
+
+class Encoder:
+    """Runs rows through HDF5's filters, in memory.
+
+    Parameters
+    ----------
+    layout : Layout
+        Of the arrays.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+        access.set_fapl_core(1 << 20, False)
+        # No cache for chunks: what is written to one can be read back, filtered, at once.
+        access.set_cache(0, 0, 0, 0.0)
+        self._file = h5py.File(h5py.h5f.create(b"encoder", h5py.h5f.ACC_TRUNC, fapl=access))
+        # A shard of one chunk for each array.
+        self._datasets = layout.create(self._file, None)
+
+    def encode(self, name: str, rows: np.ndarray) -> tuple[int, bytes]:
+        """Return one stored chunk of array `name`: which filters were skipped, and the bytes.
+
+        Rows that are missing to a whole chunk are zeros in it.
+        """
+        dataset = self._datasets[name]
+        if len(rows) < len(dataset):
+            rows = np.concatenate([rows, np.zeros((len(dataset) - len(rows), *rows.shape[1:]), rows.dtype)])
+        dataset[...] = rows
+        mask, raw = dataset.id.read_direct_chunk((0,) * dataset.ndim)
+        return mask, raw
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._file.close()
