@@ -8,6 +8,7 @@ in memory and then written directly, and what is left in its caches are metadata
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from spray.store.layout import Layout
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NUMBERS = itertools.count()
 
 
 def new_file(path: Path | str, userblock: int = 0) -> h5py.File:
@@ -45,6 +47,16 @@ def new_file(path: Path | str, userblock: int = 0) -> h5py.File:
     # Many attributes together would otherwise move into a heap, whose large entries have no checksum.
     creation.set_attr_phase_change(65535, 0)
     return h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_EXCL, fcpl=creation, fapl=access))
+
+
+def memory_file() -> h5py.File:
+    """Create an HDF5 file in memory, without a cache: what is written to a chunk can be had filtered at once."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fapl_core(1 << 20, False)
+    access.set_cache(0, 0, 0, 0.0)
+    # HDF5 refuses a name that another open file has, be it in another thread.
+    name = f"memory-{next(_NUMBERS)}"
+    return h5py.File(h5py.h5f.create(name.encode(), h5py.h5f.ACC_TRUNC, fapl=access))
 
 
 @contextmanager
@@ -90,11 +102,7 @@ class Encoder:
     """
 
     def __init__(self, layout: Layout) -> None:
-        access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-        access.set_fapl_core(1 << 20, False)
-        # No cache for chunks: what is written to one can be read back, filtered, at once.
-        access.set_cache(0, 0, 0, 0.0)
-        self._file = h5py.File(h5py.h5f.create(b"encoder", h5py.h5f.ACC_TRUNC, fapl=access))
+        self._file = memory_file()
         # A shard of one chunk for each array.
         self._datasets = layout.create(self._file, None)
 

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from spray.storage import replacing
-from spray.store.disk import Encoder, closing, disk_errors, new_file
+from spray.store.disk import Encoder, closing, disk_errors, memory_file, new_file
 from spray.store.layout import Layout, describe
 
 FORMAT = "spray shard 1"
@@ -244,7 +244,11 @@ def read_shard(path: Path, shard: Shard, key: str, layout: Layout) -> ShardFacts
         key or layout.
     """
     with open_shard(path, shard, key, layout) as (datasets, facts):
-        if rows_sha256(datasets) != facts.data_sha256:
+        try:
+            found = rows_sha256(datasets)
+        except (OSError, RuntimeError) as error:
+            raise DamagedShardError(path, f"can't be read: {error}") from None
+        if found != facts.data_sha256:
             raise DamagedShardError(path, "contradicts itself")
         return facts
 
@@ -296,7 +300,7 @@ def _open_arrays(
 ) -> tuple[dict[str, h5py.Dataset], ShardFacts]:
     """Check what the bytes mean. They are those that were written, but maybe not by this version of the writer."""
     try:
-        with h5py.File("template", "w", driver="core", backing_store=False) as template:
+        with memory_file() as template:
             wanted = {name: describe(dataset) for name, dataset in layout.create(template, shard.size).items()}
             same_names = _names(file) == _names(template)
         # Names that are there by a hard link lead to what is in this file; none else is looked at.
