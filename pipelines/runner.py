@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spray.errors import UserError
+from spray.factories import files
 from spray.pipelines.record import (
     Record,
     changed_output,
@@ -118,15 +119,16 @@ def decide(
 
 
 def find_inputs(context: Context) -> dict[str, str]:
-    """Return the hashes of what comes from outside of the configuration: images, model code, weights."""
+    """Return the hashes of what comes from outside of the configuration: images, the user's code, weights."""
     inputs = {"dataset.train": context.train.fingerprint, "dataset.test": context.test.fingerprint}
     model = context.config.model
     if model.checkpoint is not None:
         inputs["model.checkpoint"] = _hash_file(model.checkpoint, "model.checkpoint")
-    if model.factory is not None:
-        path = model.factory.rpartition(":")[0]
-        if path.endswith(".py"):
-            inputs["model.factory"] = _hash_file(path, "model.factory")
+    for key, factory in (("model.factory", model.factory), ("dataset.factory", context.config.dataset.factory)):
+        # With the modules beside it that it imports.
+        hashes = {name: _hash_file(str(path), key) for name, path in files(factory).items()} if factory else {}
+        if hashes:
+            inputs[key] = next(iter(hashes.values())) if len(hashes) == 1 else digest(hashes)
     return inputs
 
 
