@@ -126,10 +126,17 @@ class Context:
         R, logits = explain_with_logits(model, images, classes, method, composite, **options)
         return (R if isinstance(R, dict) else {"": R}), logits
 
-    def layer_sizes(self) -> dict[str, int]:
+    def trial_images(self, n: int) -> Tensor:
+        """Return the first normalised images, or grey ones if one of them can't be read, to try things out on."""
+        try:
+            pixels = self.train.batch(np.arange(n) % len(self.train))
+        except UserError:
+            pixels = torch.full((n, *self.train.image_shape), 0.5)
+        return self.normalizer(pixels, self.device)
+
+    def layer_sizes(self, model: nn.Module) -> dict[str, int]:
         """Return how many channels each inner layer has whose relevance is stored."""
-        images = self.normalizer(self.train.batch(np.arange(2)), self.device)
-        R, _ = self.attribute(self.model, images, np.asarray(self.train.labels)[:2])
+        R, _ = self.attribute(model, self.trial_images(2), np.zeros(2))
         return {name: relevance.shape[1] for name, relevance in R.items() if name}
 
     def _attribution(self, images: Tensor, layers: bool) -> tuple[str, Any, dict[str, Any]]:

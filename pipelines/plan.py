@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import nn
 
+from spray.bulk.batch_size import find_batch_size
+from spray.pipelines.compute.base import choose_shard_size, layout_of
 from spray.pipelines.record import Record
 from spray.pipelines.runner import decide, find_inputs
 from spray.pipelines.stage import Stage
-from spray.pipelines.validate import check_settings, find_target, try_out
+from spray.pipelines.validate import check_settings, try_out
 
 if TYPE_CHECKING:
     from spray.pipelines.context import Context
@@ -41,36 +47,97 @@ def print_plan(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
         if decision.reason is not None:
             what = f"would run: {decision.reason}" + (f" (took {seconds:.0f} s before)" if seconds else "")
         print(f"  {decision.stage.name:<10}{what}")
-    train = context.train
+    train, config = context.train, context.config
     print(f"samples: {len(train)} training, {len(context.test)} test, {len(train.classes)} classes")
-    print(f"attributions.h5: {human_bytes(attribution_bytes(context))}")
-    if "attribute" in waiting:
-        seconds = attribution_seconds(context)
-        print(f"attribution: about {seconds / 60:.1f} min on {context.device} (measured on one batch)")
-    print(f"free disk: {human_bytes(shutil.disk_usage(existing_parent(context.run_dir)).free)}")
-
-
-def attribution_bytes(context: Context) -> int:
-    """Return the bytes of `attributions.h5`: relevance, label and prediction of every training sample."""
-    train = context.train
-    relevance = prod(train.image_shape) * np.dtype(context.config.attribution.dtype).itemsize
-    label, logit = 8, 4
-    return len(train) * (relevance + label + len(train.classes) * logit)
-
-
-def attribution_seconds(context: Context) -> float:
-    """Estimate the time that attribution takes from one batch, measured after a smaller one to warm up."""
-    options = context.config.attribution
-    n = min(options.batch_size, len(context.train))
-    target = find_target(options.target, len(context.train.classes))
     model = context.build_model()
-    seconds = 0.0
-    for size in (min(n, 2), n):
-        start = time.perf_counter()
-        images = context.normalizer(context.train.batch(np.arange(size)), context.device)
-        context.explain(model, images, target if isinstance(target, int) else 0).cpu()
-        seconds = time.perf_counter() - start
-    return seconds * len(context.train) / n
+    size = choose_shard_size(context, model)
+    needed = written_bytes(context, [decision.stage.name for decision in decisions], model)
+    for name, n_bytes in needed.items():
+        print(f"{name}: {human_bytes(n_bytes)}")
+    if "attribute" in waiting:
+        shards = -(-len(train) // size)
+        print(f"shards: {shards} of {size} samples, each computed again as a whole if it is interrupted")
+        cost = attribution_cost(context, model, size)
+        workers = config.compute.n_workers or 1
+        print(
+            f"attribution: about {duration(cost.seconds / workers)} on {context.device} in batches of "
+            f"{cost.batch_size} (measured on one), {config.compute.name}, {workers} worker{'s' * (workers > 1)}"
+        )
+        print(f"peak memory: about {human_bytes(cost.memory)} in each process")
+        if config.compute.name == "dask_slurm":
+            from spray.pipelines.compute.dask_slurm import job_script
+
+            print(f"job script of a worker:\n{job_script(context)}")
+    free = shutil.disk_usage(existing_parent(context.run_dir)).free
+    print(f"free disk: {human_bytes(free)}")
+    total = sum(needed.values()) + (needed.get("attributions.h5", 0) if "attribute" in waiting else 0)
+    if total > free:
+        print(
+            f"WARNING: {human_bytes(total)} are needed (shards and attributions.h5 are there at the same time for a "
+            "while); take attribution.dtype=float16, attribution.channels=sum, attribution.pool=K or another run_dir"
+        )
+
+
+def written_bytes(context: Context, stages: Sequence[str], model: nn.Module) -> dict[str, int]:
+    """Return the bytes of what the stages write, by file, before compression and without what is small."""
+    train, analysis = context.train, context.config.analysis
+    n, image = len(train), prod(train.image_shape[1:])
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    sizes: dict[str, int] = {}
+    if "train" in stages:
+        sizes["model.pt"] = weights
+    if "attribute" in stages:
+        sizes["attributions.h5"] = n * layout_of(context, n, model).bytes_per_row
+    if "analyze" in stages:
+        sizes["analysis.h5"] = n * 4 * (1 + analysis.n_components + 2 * analysis.umap + len(analysis.n_clusters))
+    if "isolate" in stages:
+        most = min(context.config.isolate.candidates, context.config.isolate.per_class * len(train.classes))
+        sizes["artifacts/"] = most * n * 16
+    if "correct" in stages:
+        sizes["corrected/"] = (1 + len(context.config.correction.methods)) * weights
+    if "report" in stages:
+        sizes["virelay/"] = n * 3 * image
+    return sizes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What explaining all training samples takes: seconds, bytes of memory, and in which batches."""
+
+    seconds: float
+    memory: float
+    batch_size: int
+
+
+def attribution_cost(context: Context, model: nn.Module, most: int) -> Cost:
+    """Estimate the cost of attribution from one batch, measured after a smaller one to warm up."""
+    n, device = len(context.train), context.device
+
+    def run(size: int) -> None:
+        labels = np.asarray(context.train.labels)[np.arange(size) % n]
+        relevance, _ = context.attribute(model, context.trial_images(size), labels)
+        relevance[""].cpu()
+
+    wanted = context.config.attribution.batch_size
+    if wanted == "auto":
+        batch_size = find_batch_size(run, min(most, n), device=device)
+    else:
+        batch_size = min(int(wanted), n)
+        run(min(batch_size, 2))
+    start = time.perf_counter()
+    run(batch_size)
+    seconds = (time.perf_counter() - start) * n / batch_size
+    if device.type == "cuda":
+        return Cost(seconds, torch.cuda.max_memory_allocated(device), batch_size)
+    waiting = (context.config.compute.prefetch + 4) * batch_size * prod(context.train.image_shape) * 4
+    return Cost(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + waiting, batch_size)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people read it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def human_bytes(n: float) -> str:

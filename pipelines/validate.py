@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,16 +132,24 @@ def try_out(context: Context, stages: Collection[str]) -> None:
     from spray.models.loading import check_model
 
     model = context.build_model()
-    images = context.normalizer(context.train.batch(np.arange(2)), context.device)
+    images = context.trial_images(2)
     n_classes = len(context.train.classes)
     check_model(model, images, n_classes)
     if "attribute" in stages:
         find_target(context.config.attribution.target, n_classes)
         context.attribute(model, images, np.zeros(2))
+        check_backend(context)
     if "correct" in stages and "p_clarc" in context.config.correction.methods:
         from spray.correction.projection import output_layer
 
         output_layer(model, images)
+
+
+def check_backend(context: Context) -> None:
+    """Let the module of `compute.name` check what it needs, such as packages, GPUs and commands."""
+    module = import_module(COMPUTES.get(context.config.compute.name))
+    if hasattr(module, "check"):
+        module.check(context)
 
 
 def find_target(target: str, n_classes: int) -> str | int:

@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakes import first_output
@@ -269,9 +270,17 @@ def test_plan_computes_nothing(spray, tmp_path):
     assert list(tmp_path.iterdir()) == []
     for name in NAMES:
         assert f"{name:<10}would run" in result.out
-    # 12 samples of 1 x 6 x 6 float32, an int64 label and 3 float32 outputs each.
-    assert f"attributions.h5: {(12 * (36 * 4 + 8 + 3 * 4)) / 1000:.1f} kB" in result.out
-    assert "min on cpu" in result.out
+    # 12 samples of 1 x 6 x 6 float32, an int64 label, 3 float32 outputs and whether it is valid, each.
+    assert f"attributions.h5: {(12 * (36 * 4 + 8 + 3 * 4 + 1)) / 1000:.1f} kB" in result.out
+    assert "attribution: about 0 s on cpu in batches of 12" in result.out
+    assert "peak memory: about" in result.out
+    assert "WARNING" not in result.out
+
+
+def test_plan_warns_of_a_disk_that_is_too_small(spray, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3000))
+    result = spray(RUN, "plan=true", "stages=[train,attribute]")
+    assert "WARNING: 4.4 kB are needed" in result.out  # 444 bytes of weights and two times 1980
 
 
 def test_plan_of_a_finished_run(spray, tmp_path):

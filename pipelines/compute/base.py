@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spray.bulk.batch_size import find_batch_size
 from spray.bulk.explainer import Explainer
@@ -233,7 +233,7 @@ def keeping_of(config: SprayConfig) -> Keeping:
     return Keeping(options.channels, options.pool, options.dtype)
 
 
-def layout_of(context: Context, shard_size: int) -> Layout:
+def layout_of(context: Context, shard_size: int, model: nn.Module | None = None) -> Layout:
     """Return the arrays that are stored; the sizes of inner layers come from explaining two samples."""
     train, keeping = context.train, keeping_of(context.config)
     arrays = {
@@ -243,7 +243,7 @@ def layout_of(context: Context, shard_size: int) -> Layout:
         "valid": ArraySpec((), "bool"),
     }
     if stored_layers(context.config):
-        for name, channels in context.layer_sizes().items():
+        for name, channels in context.layer_sizes(model or context.model).items():
             arrays[f"layer/{name}"] = ArraySpec((channels,), keeping.stored)
     return Layout(arrays, len(train), shard_size, context.config.compute.compression)
 
@@ -256,12 +256,12 @@ def stored_layers(config: SprayConfig) -> list[str]:
     return [options.layer] if isinstance(options.layer, str) else list(options.layer)
 
 
-def choose_shard_size(context: Context) -> int:
+def choose_shard_size(context: Context, model: nn.Module | None = None) -> int:
     """Return the samples in a shard: as configured, or a power of two of about 64 MB, whatever the machine."""
     if context.config.compute.shard_size is not None:
         return context.config.compute.shard_size
     size = MOST_SAMPLES
-    bytes_per_row = layout_of(context, size).bytes_per_row
+    bytes_per_row = layout_of(context, size, model).bytes_per_row
     while size > FEWEST_SAMPLES and size * bytes_per_row > SHARD_BYTES:
         size //= 2
     return size
