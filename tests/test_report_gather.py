@@ -289,3 +289,11 @@ def test_stage_leaves_out_virelay_where_it_cannot_show_the_images(tmp_path):
     STAGE.run(context(tmp_path, Images(channels=2)))
     assert (tmp_path / "report.html").is_file()
     assert not (tmp_path / "virelay").exists()
+
+
+def test_quarantined_samples_are_told_with_their_reason(run_dir, dataset):
+    (run_dir / "quarantined.csv").write_text(
+        'sample_index,name,reason\n3,"a, b.png","ValueError: no"\n,left_out.png,truncated\n'
+    )
+    data = gather(run_dir, dataset, title="t", model="m")
+    assert data.skipped_samples == ("star/broken.png: truncated file", "a, b.png (sample 3): ValueError: no")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
 
 from spray.pipelines.compute.base import Job, ShardResult, ShardWorker
 from spray.pipelines.context import Context
@@ -13,6 +16,17 @@ def run(context: Context, job: Job, shards: Sequence[Shard], on_done: Callable[[
     """Compute the shards here, with the context's own model and data."""
     worker = ShardWorker(context, job)
     total = sum(shard.size for shard in shards)
-    with context.counter(total, "heatmaps") as count:
+    with threads(context.config.compute.threads), context.counter(total, "heatmaps") as count:
         for result in worker.run_all(shards, count):
             on_done(result)
+
+
+@contextmanager
+def threads(n: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads while the block runs; None leaves it at its own choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

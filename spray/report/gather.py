@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,7 +91,7 @@ def gather(
         provenance=tuple(_provenance(run, dataset)),
         versions=tuple((name, str(version)) for name, version in run.get("versions", {}).items() if version),
         stages=tuple(_stages(run)),
-        skipped_samples=tuple(_unreadable(dataset, test)),
+        skipped_samples=(*_unreadable(dataset, test), *_quarantined(run_dir / "quarantined.csv")),
     )
 
 
@@ -98,6 +99,15 @@ def _unreadable(dataset: ImageDataset, test: ImageDataset | None) -> Iterator[st
     for part, which in ((dataset, ""), (test, "test image ")):
         for name, why in getattr(part, "unreadable", ()):
             yield f"{which}{name}: {why}"
+
+
+def _quarantined(path: Path) -> Iterator[str]:
+    """Say which samples have a row of zeros instead of a heatmap, and why."""
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row["sample_index"]:  # the others had been left out from the start
+                    yield f"{row['name']} (sample {row['sample_index']}): {row['reason']}"
 
 
 def _read(path: Path) -> Any:
