@@ -76,3 +76,10 @@ def whole(folder: Path, of: Layout, data: dict[str, np.ndarray], parts: Iterable
     path = folder / "attributions.h5"
     assemble(folder / "shards", shards(folder / "shards", of, data, parts), KEY, of, path, ATTRIBUTES)
     return path
+
+
+def write_again(path: Path, shard: Shard, of: Layout, rows: dict[str, np.ndarray]) -> None:
+    """Write one shard from the same few rows, over and over."""
+    with shard_writer(path, shard, KEY, of) as writer:
+        for _ in range(shard.size // len(rows["label"])):
+            writer.append(rows)

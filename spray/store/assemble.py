@@ -136,7 +136,7 @@ def _describe(
     digests = np.frombuffer(b"".join(bytes.fromhex(fact.data_sha256) for fact in facts), np.uint8).reshape(-1, 32)
     file.create_dataset(DIGESTS, data=digests, chunks=(min(len(digests), 2048), 32), fletcher32=True, track_times=False)
     described = {**attributes, "format": FORMAT, "shard_size": layout.shard_size}
-    for name, value in described.items():
+    for name, value in sorted(described.items()):
         file.attrs[name] = value
     # Not as text: HDF5 keeps that where it has no checksums.
     file.attrs[DIGESTS] = np.frombuffer(attributes_sha256(described), np.uint8)
