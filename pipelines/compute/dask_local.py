@@ -1,0 +1,66 @@
+"""Dask workers on this machine: a process each, with its share of the cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spray.pipelines.compute.base import Job, ShardResult, make_worker
+from spray.pipelines.compute.dask_common import compute_on, cores, thread_count, thread_variables
+from spray.pipelines.compute.dask_scheduling import Crew
+from spray.pipelines.compute.dask_worker import Make, here
+from spray.store.shards import Shard
+
+if TYPE_CHECKING:
+    from spray.pipelines.context import Context
+
+PATIENCE = 120.0
+"""Seconds in which workers of this machine have to be there."""
+
+
+def run(
+    context: Context,
+    job: Job,
+    shards: Sequence[Shard],
+    on_done: Callable[[ShardResult], None],
+    make: Make = make_worker,
+) -> None:
+    """Compute the shards by processes on this machine."""
+    from distributed import LocalCluster
+
+    options = context.config.compute
+    n_workers = min(options.n_workers or default_workers(context), max(1, len(shards)))
+    threads = thread_count(options.threads, max(1, cores() // n_workers))
+    context.log.info("starting %d workers with %d threads each", n_workers, threads)
+
+    def start() -> Any:
+        return LocalCluster(
+            n_workers=n_workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=options.dashboard or None,
+            # Shared out equally, one that needs more than the others would be killed while there is plenty.
+            memory_limit=0,
+            env=thread_variables(threads),
+        )
+
+    # The variables have to be there before a worker's process starts.
+    settings = {"distributed.nanny.pre-spawn-environ": {"MALLOC_TRIM_THRESHOLD_": "65536", **thread_variables(threads)}}
+    setting = here(threads=threads, log=log_file(context))
+    compute_on(start, Crew(setting, patience=PATIENCE), context.log, job, shards, on_done, make, settings)
+
+
+def default_workers(context: Context) -> int:
+    """Return how many workers there are unless configured: one for each GPU, or for each two cores."""
+    if context.device.type == "cuda":
+        import torch
+
+        return 1 if context.device.index is not None else max(1, torch.cuda.device_count())
+    return max(1, cores() // 2)
+
+
+def log_file(context: Context) -> str | None:
+    """Return the run's log, which takes what workers of this machine print; None if there is none."""
+    path = Path(context.run_dir, "run.log").absolute()
+    return str(path) if path.exists() else None

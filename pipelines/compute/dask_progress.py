@@ -1,0 +1,103 @@
+"""What is told of a run on Dask's workers: one live line on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spray.store.shards import Shard
+
+LOG_SECONDS, TERMINAL_SECONDS = 10.0, 0.2
+"""How often progress is told without and with a terminal."""
+
+
+class Progress:
+    """Counts samples and shards, and tells of them.
+
+    Parameters
+    ----------
+    log : logging.Logger
+        Where lines go.
+    shards, samples : int
+        All that are to be computed.
+    """
+
+    def __init__(
+        self, log: logging.Logger, shards: int, samples: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.log, self.clock = log, clock
+        self.shards, self.samples = shards, samples
+        self.shards_done = self.samples_done = 0
+        self.workers = 0
+        self.names: set[str] = set()
+        self.failures: Counter[str] = Counter()
+        self.losses: Counter[str] = Counter()
+        self.start = self.told = clock()
+        self.is_terminal = sys.stderr.isatty()
+        self._is_shown = False
+
+    def say(self, text: str, *arguments: object, level: int = logging.INFO) -> None:
+        """Log a line of its own."""
+        self._clear()
+        self.log.log(level, text, *arguments)
+
+    def done(self, shard: Shard) -> None:
+        """Count a shard."""
+        self.shards_done += 1
+        self.samples_done += shard.size
+
+    def tick(self) -> None:
+        """Tell how far it is, if it is time to."""
+        now = self.clock()
+        if now - self.told < (TERMINAL_SECONDS if self.is_terminal else LOG_SECONDS):
+            return
+        self.told = now
+        if not self.is_terminal:
+            self.log.info("%s", self.state(now))
+            return
+        sys.stderr.write(f"\r{self.state(now)}\x1b[K")
+        sys.stderr.flush()
+        self._is_shown = True
+
+    def state(self, now: float) -> str:
+        """Return how far it is: shards and samples done, rate, time left, workers."""
+        rate = self.samples_done / max(now - self.start, 1e-9)
+        left = "?"
+        if self.samples_done:
+            seconds = round((self.samples - self.samples_done) / rate)
+            left = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return (
+            f"heatmaps: {self.samples_done}/{self.samples} in {self.shards_done}/{self.shards} shards, "
+            f"{rate:.1f}/s, {left} left, {_count(self.workers, 'worker')}"
+        )
+
+    def finish(self) -> None:
+        """Tell what it came to, with the failures of each worker."""
+        seconds = self.clock() - self.start
+        parts = [
+            f"{self.samples_done} heatmaps in {self.shards_done} shards by {_count(len(self.names), 'worker')}: "
+            f"{seconds:.1f} s, {self.samples_done / max(seconds, 1e-9):.1f}/s"
+        ]
+        parts += [f"{name} failed {_count(n, 'time')}" for name, n in sorted(self.failures.items())]
+        parts += [f"{name} was lost {_count(n, 'time')}" for name, n in sorted(self.losses.items())]
+        self.say("%s", "; ".join(parts))
+
+    def close(self) -> None:
+        """Leave the terminal's line empty."""
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._is_shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._is_shown = False
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
