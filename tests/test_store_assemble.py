@@ -40,9 +40,7 @@ def cases(draw: st.DrawFn) -> tuple[Layout, list[int], int]:
     )
     names = draw(st.sets(st.sampled_from(sorted(stored.SPECS)), min_size=1))
     arrays = {name: ArraySpec(draw(shapes), draw(kinds)) for name in sorted(names)}
-    layout = Layout(
-        arrays, draw(st.integers(1, 40)), draw(st.integers(1, 45)), draw(st.sampled_from(["none", "lzf", "gzip"]))
-    )
+    layout = Layout(arrays, draw(st.integers(1, 40)), draw(st.integers(1, 45)), draw(st.sampled_from(["none", "gzip"])))
     return layout, draw(st.lists(st.integers(0, 12), max_size=5)), draw(st.integers(0, 9))
 
 

@@ -21,10 +21,13 @@ CHUNK_BYTES = 64 * 1024
 
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "none": {},
-    "lzf": {"compression": "lzf", "shuffle": True},
     "gzip": {"compression": "gzip", "compression_opts": 1, "shuffle": True},
 }
-"""What `compute.compression` may be, as h5py's options. All of them come with every h5py."""
+"""What `compute.compression` may be, as h5py's options; both come with every HDF5.
+
+LZF, which is faster, is not among them: it looks at memory that it didn't set, so that the same values come
+out as other bytes now and then, which a file that is to be the same after an interruption can't have.
+"""
 
 DIGESTS = "sha256"
 """Name of the dataset with each shard's SHA-256, and of the attribute with that of the other attributes."""
@@ -82,7 +85,7 @@ class Layout:
     shard_size : int
         Samples in each shard but the last one.
     compression : str
-        `none`, `lzf` or `gzip`.
+        `none` or `gzip`.
     """
 
     arrays: Mapping[str, ArraySpec]
