@@ -291,8 +291,10 @@ class Attributions:
         if not isinstance(dataset, h5py.Dataset):
             raise UserError(f"{self.path}: /{name} is a group; only arrays with one row per sample are read")
         kind = dataset.id.get_type()
-        if dataset.dtype.kind not in kinds or not kind.equal(h5py.h5t.py_create(dataset.dtype, logical=True)):
+        if dataset.dtype.kind not in kinds:
             raise UserError(f"{self.path}: /{name} holds {dataset.dtype}, but must hold {_words(kinds)}")
+        if not kind.equal(h5py.h5t.py_create(dataset.dtype, logical=True)):
+            raise UserError(f"{self.path}: /{name} holds numbers in a form of its own, not {dataset.dtype}")
         wanted = None if name in ("attribution", DIGESTS) else self.attribution.shape[0]
         if not dataset.shape or (wanted is not None and dataset.shape[0] != wanted):
             raise UserError(f"{self.path}: /{name} has shape {dataset.shape}, but must have {wanted} rows")
