@@ -76,7 +76,7 @@ class ComputeConfig:
     name: str = "serial"
     # Samples in a shard, the unit of work that survives an interruption; null: about 64 MB, at most 512.
     shard_size: int | None = None
-    # How heatmaps are compressed on disk: none, lzf or gzip.
+    # How heatmaps are compressed on disk: none or gzip.
     compression: str = "none"
     # Batches read ahead.
     prefetch: int = 4

@@ -127,10 +127,11 @@ def stage_seconds(context: Any) -> float:
 
 def memory(arguments: argparse.Namespace) -> None:
     """Run the stage on more and more samples, each time in a process of its own."""
+    folder = ["--folder", str(arguments.folder)] if arguments.folder else []
     print("| samples | peak memory | above the model alone | heatmaps/s |\n|---|---|---|---|")
     for n in arguments.sizes:
         said = subprocess.run(
-            [sys.executable, __file__, "memory-of", str(n), "--folder", str(arguments.folder)],
+            [sys.executable, __file__, "memory-of", str(n), *folder],
             capture_output=True,
             text=True,
             check=True,
@@ -160,10 +161,10 @@ def sizes(arguments: argparse.Namespace) -> None:
         ("float16, sum of channels", {"attribution__channels": "sum", "attribution__dtype": "float16"}),
         ("float32, sum, 16 × 16", {"attribution__channels": "sum", "attribution__pool": 16}),
     ]
-    print(f"{arguments.side}² pixels, ResNet-18\n\n| kept | none | lzf | gzip |\n|---|---|---|---|")
+    print(f"{arguments.side}² pixels, ResNet-18\n\n| kept | none | gzip |\n|---|---|---|")
     for name, options in keep:
         cells = []
-        for compression in ("none", "lzf", "gzip"):
+        for compression in ("none", "gzip"):
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
                 changes = {"attribution__batch_size": 8, "compute__compression": compression} | options
                 context = make_context(Path(folder), "resnet18", 32, arguments.side, **changes)
@@ -185,7 +186,7 @@ def resume(arguments: argparse.Namespace) -> None:
     import json
 
     work = ["attribution.batch_size=16", f"compute.shard_size={arguments.shard_size}", "stages=[train,attribute]"]
-    lost = []
+    lost, starts = [], []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         spray(whole, *work)
@@ -204,10 +205,13 @@ def resume(arguments: argparse.Namespace) -> None:
             process.send_signal(signal.SIGKILL)
             process.wait()
             before = time.perf_counter() - began
+            began = time.perf_counter()
             spray(run_dir, *work)
+            starts.append(time.perf_counter() - began - stage_time(run_dir))
             lost.append(before + stage_time(run_dir) - in_one)
     print(f"the stage in one go: {in_one:.2f} s, shards of {arguments.shard_size} samples")
     print(f"lost by a kill: median {statistics.median(lost):.2f} s ({min(lost):.2f} to {max(lost):.2f})")
+    print(f"and to start again (imports, data, checks): {statistics.median(starts):.1f} s")
 
 
 def stage_time(run_dir: Path) -> float:

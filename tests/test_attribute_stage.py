@@ -232,7 +232,7 @@ def _stop(path: Path) -> None:
         ("attribution.pool=0", "at least 1"),
         ("attribution.layer=['0','0']", "different names"),
         ("attribution.layer=nowhere", "no layer 'nowhere'"),
-        ("compute.compression=zip", "allowed: none, lzf, gzip"),
+        ("compute.compression=zip", "allowed: none, gzip"),
         ("compute.name=grid", "allowed: dask_cuda, dask_local, dask_slurm, serial"),
         ("compute.shard_size=0", "at least 1"),
     ],
