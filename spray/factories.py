@@ -153,7 +153,8 @@ def _accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[
 
 def place(error: BaseException) -> str:
     """Return where in the user's code an error arose, as `` (FILE:LINE)``."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = str(Path(__file__).parent)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
     users = [frame for frame in frames if "site-packages" not in frame.filename and "<frozen" not in frame.filename]
     return f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
 

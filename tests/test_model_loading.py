@@ -323,7 +323,8 @@ def test_checking_leaves_the_model_as_it_was() -> None:
 
 def options(**changes: object) -> SimpleNamespace:
     defaults = {"train": None, "test": None, "image_size": None, "mean": [0.5], "std": [0.5], "plant": {}}
-    return SimpleNamespace(**(defaults | changes))
+    own = {"factory": None, "options": None, "check": True}
+    return SimpleNamespace(**(defaults | own | changes))
 
 
 def make_tree(folder: Path, classes: str) -> str:
@@ -357,7 +358,8 @@ def test_mistakes_in_a_datasets_configuration(folders: dict[str, str], tmp_path:
     def message(name: str = "image_folder", **changes: object) -> str:
         return refused(lambda: load(name, **changes))
 
-    assert "allowed: fashion_mnist, image_folder, photos" in message("imagenet")
+    assert "did you mean 'image_folder'" in message("image_folders")
+    assert "fashion_mnist, huggingface, image_folder, photos" in message("imagenet")
     assert "dataset.train is not set" in message(image_size=8)
     assert "dataset.test is not set" in message(image_size=8, train=folders["train"])
     assert "dataset.image_size is not set" in message(**folders)

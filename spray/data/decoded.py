@@ -8,6 +8,7 @@ import math
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,8 @@ class DecodedDataset(ImageDataset):
 
     Methods may be called by several threads.
     """
+
+    _dtype: np.dtype[Any]
 
     @abstractmethod
     def _pixels(self, row: int) -> np.ndarray:

@@ -110,10 +110,14 @@ def reasons() -> Iterator[None]:
         raise UnreadableImageError("not an image of a known format") from None
     # Pillow's decoders raise errors of many kinds on damaged files, SyntaxError and struct.error among them.
     except Exception as error:
-        # Pillow's own OSErrors have no number.
-        of_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        raise UnreadableImageError(reason or type(error).__name__, lasting=not of_system) from None
+        raise UnreadableImageError(reason or type(error).__name__, lasting=not is_of_system(error)) from None
+
+
+def is_of_system(error: BaseException) -> bool:
+    """Return whether the system failed, not the image."""
+    # Pillow's own OSErrors have no number.
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def _orientation(image: Image.Image) -> int | None:

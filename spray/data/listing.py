@@ -197,9 +197,12 @@ def class_folders(folder: Path) -> list[str]:
     return _classes(folder, _read(folder, ""))
 
 
-def printable(path: str) -> str:
-    """Return a path with slashes, and with the bytes that are no UTF-8 written as escapes."""
-    return Path(path).as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def printable(name: str) -> str:
+    """Return a name with bytes that are no UTF-8 and characters that cannot be printed written as escapes."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def remember_listing(folder: Path, listing: Listing) -> None:
