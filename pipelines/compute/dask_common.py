@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask
 
@@ -17,6 +17,9 @@ from spray.pipelines.compute.dask_scheduling import Crew, Scheduling
 from spray.pipelines.compute.dask_worker import Make
 from spray.storage import remove_leftovers
 from spray.store.shards import Shard
+
+if TYPE_CHECKING:
+    from spray.pipelines.context import Context
 
 CLOSE_SECONDS = 10.0
 """Longest wait for a cluster to close."""
@@ -35,7 +38,7 @@ QUIET = {
 def compute_on(
     start: Callable[[], Any],
     crew: Crew,
-    log: logging.Logger,
+    context: Context,
     job: Job,
     shards: Sequence[Shard],
     on_done: Callable[[ShardResult], None],
@@ -50,19 +53,22 @@ def compute_on(
         Starts the cluster.
     crew : Crew
         About its workers.
-    log, job, shards, on_done, make
+    context : Context
+        Configuration and log.
+    job, shards, on_done, make
         See `Scheduling`.
     settings : mapping, optional
         Of Dask, while it runs.
     """
     if not shards:
         return
-    with dask.config.set(QUIET | dict(settings or {})), quiet_logs(log):
+    with dask.config.set(QUIET | dict(settings or {})), quiet_logs(context.log):
         cluster = start()
         is_done = False
         try:
-            tell_dashboard(cluster, log)
-            scheduling = Scheduling(cluster, crew, log, job, shards, on_done, make)
+            if context.config.compute.dashboard:
+                tell_dashboard(cluster, context.log)
+            scheduling = Scheduling(cluster, crew, context.log, job, shards, on_done, make)
             scheduling.run()
             is_done = True
         finally:
@@ -110,6 +116,13 @@ def tell_dashboard(cluster: Any, log: logging.Logger) -> None:
         log.info("Dask's dashboard needs bokeh: pip install bokeh")
     elif link := cluster.dashboard_link:
         log.info("dashboard: %s", link)
+
+
+def dashboard_options(context: Context) -> dict[str, Any]:
+    """Return the scheduler's options about its dashboard."""
+    address = context.config.compute.dashboard
+    # It serves pages of its state in any case; its usual port may be taken.
+    return {"dashboard_address": address or "127.0.0.1:0", "dashboard": bool(address)}
 
 
 def cores() -> int:

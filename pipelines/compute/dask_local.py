@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spray.pipelines.compute.base import Job, ShardResult, make_worker
-from spray.pipelines.compute.dask_common import compute_on, cores, thread_count, thread_variables
+from spray.pipelines.compute.dask_common import compute_on, cores, dashboard_options, thread_count, thread_variables
 from spray.pipelines.compute.dask_scheduling import Crew
 from spray.pipelines.compute.dask_worker import Make, here
 from spray.store.shards import Shard
@@ -39,7 +39,7 @@ def run(
             n_workers=n_workers,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=options.dashboard or None,
+            scheduler_kwargs=dashboard_options(context),
             # Shared out equally, one that needs more than the others would be killed while there is plenty.
             memory_limit=0,
             env=thread_variables(threads),
@@ -48,7 +48,8 @@ def run(
     # The variables have to be there before a worker's process starts.
     settings = {"distributed.nanny.pre-spawn-environ": {"MALLOC_TRIM_THRESHOLD_": "65536", **thread_variables(threads)}}
     setting = here(threads=threads, log=log_file(context))
-    compute_on(start, Crew(setting, patience=PATIENCE), context.log, job, shards, on_done, make, settings)
+    crew = Crew(setting, str(context.run_dir / "run.log"), patience=PATIENCE)
+    compute_on(start, crew, context, job, shards, on_done, make, settings)
 
 
 def default_workers(context: Context) -> int:

@@ -29,6 +29,9 @@ from spray.store.shards import Shard
 ATTEMPTS = 3
 """So often is a shard tried, on different workers if there are any."""
 
+IN_A_ROW = 5
+"""A worker that fails at so many shards, one after the other, gets no more."""
+
 TASK_SECONDS = 10.0
 """Shards that are given to a worker at once: as many as take about so long."""
 
@@ -92,14 +95,17 @@ class Crew:
     ----------
     setting : Setting
         How they work.
+    logs : str
+        Where what they print is.
     heal : callable or None
-        Asks for workers that were lost.
+        Asks for workers that were lost; it is told the names of those that are there.
     patience : float or None
         Seconds to wait for a worker while there is none; None: for ever, as in a batch system's queue.
     """
 
     setting: Setting
-    heal: Callable[[], None] | None = None
+    logs: str
+    heal: Callable[[set[str]], None] | None = None
     patience: float | None = None
 
 
@@ -357,34 +363,36 @@ class Scheduling:
     def _give_up(self) -> None:
         """Count all that is left as failed."""
         for work in self.waiting:
-            reason = work.reasons[-1] if work.reasons else f"every worker failed at {ATTEMPTS} shards in a row"
+            reason = work.reasons[-1] if work.reasons else f"every worker failed at {IN_A_ROW} shards in a row"
             self.failed[work.shard.number] = f"{_range([work])}: {reason}"
         self.left.clear()
 
     def _is_bad(self, name: str) -> bool:
         """Say whether a worker gets no more work, since it fails at all that it is given."""
-        return len(self.failed_in_a_row.get(name, ())) >= ATTEMPTS
+        return len(self.failed_in_a_row.get(name, ())) >= IN_A_ROW
 
     def _heal(self) -> None:
-        """Ask for workers that were lost; give up where none comes."""
+        """Ask for workers that were lost; give up where none comes or none is of any use."""
         now = time.monotonic()
         if self.nodes:
             self.seen = now
             if all(self._is_bad(node.name) for node in self.nodes.values()):
                 self._give_up()
         elif self.crew.patience is not None and now - self.seen > self.crew.patience:
-            raise ShardsFailedError(f"no worker was there for {self.crew.patience:.0f} s; see run.log")
-        if self.crew.heal is not None and now - self.healed > HEAL_SECONDS:
+            raise ShardsFailedError(f"no worker was there for {self.crew.patience:.0f} s; see {self.crew.logs}")
+        if self.crew.heal is not None and self.waiting and now - self.healed > HEAL_SECONDS:
             self.healed = now
-            self.crew.heal()
+            self.crew.heal({node.name for node in self.nodes.values()})
 
     def _failure(self) -> str:
         # Those first that were tried.
         shown = "; ".join(sorted(self.failed.values(), key=lambda text: "in a row" in text)[:5])
         more = f"; and {len(self.failed) - 5} more" if len(self.failed) > 5 else ""
+        # A worker that dies can't say why.
+        see = f" (see {self.crew.logs})" if self.progress.losses else ""
         return (
-            f"{len(self.failed)} of {self.progress.shards} shards could not be computed: {shown}{more}. All others are "
-            "kept; mend the cause and give the same command again"
+            f"{len(self.failed)} of {self.progress.shards} shards could not be computed: {shown}{more}{see}. All "
+            "others are kept; mend the cause and give the same command again"
         )
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -56,20 +55,17 @@ class Setting:
         A file that takes what the process prints; None: it is left where it goes.
     folder : str
         The working directory, if it is there.
-    path : tuple of str
-        Folders to import from, after the worker's own.
     """
 
     threads: int | None = None
     device: str | None = None
     log: str | None = None
     folder: str = ""
-    path: tuple[str, ...] = ()
 
 
 def here(threads: int | None = None, device: str | None = None, log: str | None = None) -> Setting:
     """Return the setting for workers that work where this process does."""
-    return Setting(threads, device, log, os.getcwd(), tuple(path for path in sys.path if path))
+    return Setting(threads, device, log, os.getcwd())
 
 
 class ShardPlugin(WorkerPlugin):
@@ -98,7 +94,6 @@ class ShardPlugin(WorkerPlugin):
         setting = self.setting
         with suppress(OSError):
             os.chdir(setting.folder)
-        sys.path += [path for path in setting.path if path not in sys.path]
         if setting.log is not None:
             with suppress(OSError):
                 file = os.open(setting.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
