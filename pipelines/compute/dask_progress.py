@@ -39,6 +39,8 @@ class Progress:
         self.failures: Counter[str] = Counter()
         self.losses: Counter[str] = Counter()
         self.start = self.told = clock()
+        # When the first shard was there, and its samples: what came before is workers that start.
+        self.first: tuple[float, int] | None = None
         self.is_terminal = sys.stderr.isatty()
         self._is_shown = False
 
@@ -51,6 +53,8 @@ class Progress:
         """Count a shard."""
         self.shards_done += 1
         self.samples_done += shard.size
+        if self.first is None:
+            self.first = (self.clock(), self.samples_done)
 
     def tick(self) -> None:
         """Tell how far it is, if it is time to."""
@@ -67,9 +71,11 @@ class Progress:
 
     def state(self, now: float) -> str:
         """Return how far it is: shards and samples done, rate, time left, workers."""
-        rate = self.samples_done / max(now - self.start, 1e-9)
-        left = "?"
-        if self.samples_done:
+        rate, left = self.samples_done / max(now - self.start, 1e-9), "?"
+        if self.first is not None:
+            start, before = self.first
+            if self.samples_done > before and now > start:
+                rate = (self.samples_done - before) / (now - start)
             seconds = round((self.samples - self.samples_done) / rate)
             left = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from spray.errors import UserError
 from spray.pipelines.compute.base import Job, ShardResult, make_worker
-from spray.pipelines.compute.dask_common import compute_on, dashboard_options, thread_variables
+from spray.pipelines.compute.dask_common import CLOSE_SECONDS, compute_on, dashboard_options, thread_variables
 from spray.pipelines.compute.dask_scheduling import Crew, ShardsFailedError
 from spray.pipelines.compute.dask_worker import Make, here
 from spray.store.shards import Shard
@@ -115,14 +116,18 @@ def run(
     jobs = min(int(context.config.compute.slurm.get("jobs") or 1), math.ceil(max(1, len(shards)) / processes))
     Path(options["log_directory"]).mkdir(parents=True, exist_ok=True)
     context.log.info("submitting %d jobs; their logs: %s", jobs, options["log_directory"])
-    queue = Queue(jobs, options["log_directory"])
+    queue = Queue(jobs, options["log_directory"], context.log)
     setting = here(threads=worker_threads(context))
 
     def start() -> Any:
         from dask_jobqueue import SLURMCluster
 
         queue.cluster = SLURMCluster(**options)
-        queue.submit()
+        try:
+            queue.submit()
+        except BaseException:
+            queue.cluster.close(timeout=CLOSE_SECONDS)
+            raise
         return queue.cluster
 
     crew = Crew(setting, options["log_directory"], heal=queue.heal)
@@ -138,10 +143,12 @@ class Queue:
         How many are wanted at a time.
     logs : str
         Where their logs are, for messages.
+    log : logging.Logger
+        Where lines go.
     """
 
-    def __init__(self, jobs: int, logs: str) -> None:
-        self.jobs, self.logs = jobs, logs
+    def __init__(self, jobs: int, logs: str, log: logging.Logger) -> None:
+        self.jobs, self.logs, self.log = jobs, logs, log
         self.cluster: Any = None
         self.failed_starts = 0
         self.joined: set[str] = set()
@@ -152,17 +159,25 @@ class Queue:
         Raises
         ------
         UserError
-            If Slurm does not take them.
+            If Slurm takes none.
         """
-        self.cluster.scale(jobs=self.jobs)
+        cluster = self.cluster
+        # As `scale` does, which would not tell of an error.
+        while len(cluster.worker_spec) < self.jobs:
+            cluster.worker_spec.update(cluster.new_worker_spec())
         try:
-            self.cluster.sync(self.cluster._correct_state)
+            cluster.sync(cluster._correct_state)
         except RuntimeError as error:
             said = re.search(r"stderr:\s*(.*\S)", str(error), re.DOTALL)
             told = " ".join((said[1] if said else str(error)).split())
-            raise UserError(
-                f"sbatch refuses the job: {told}; see compute.slurm, and plan=true shows the script"
-            ) from error
+            refused = [name for name, job in cluster.workers.items() if job.job_id is None]
+            if len(refused) == len(cluster.workers):
+                text = f"sbatch refuses the job: {told}; see compute.slurm, and plan=true shows the script"
+                raise UserError(text) from error
+            # Such as for the number of jobs that a user may have; they are asked for again.
+            self.log.warning("sbatch refuses %d of %d jobs: %s", len(refused), self.jobs, told)
+            for name in refused:
+                del cluster.worker_spec[name]
 
     def heal(self, present: set[str]) -> None:
         """Replace jobs that are over, by their walltime or otherwise.
