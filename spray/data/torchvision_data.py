@@ -78,8 +78,9 @@ def _find(name: str) -> type:
 
     known = [key for key in datasets.__all__ if isinstance(getattr(datasets, key), type)]
     if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        by_lower = {key.lower(): key for key in known}
+        close = get_close_matches(name.lower(), by_lower, n=1)
+        hint = f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
         raise UserError(f"torchvision has no dataset {name!r}{hint}; dataset.options.name is that of a class there")
     kind: type = getattr(datasets, name)
     return kind
@@ -119,7 +120,7 @@ def _make(kind: type, choices: Sequence[Mapping[str, Any]]) -> Any:
         if key not in names or key in CALLABLES:
             allowed = ", ".join(sorted(names - set(CALLABLES)))
             raise UserError(
-                f"dataset.options has {key}, which torchvision's {kind.__name__} does not take; it takes {allowed}"
+                f"dataset.options has {key}, which torchvision's {kind.__name__} does not take; allowed: {allowed}"
             )
     for number, arguments in enumerate(choices, start=1):
         try:
