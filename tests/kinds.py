@@ -15,10 +15,17 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pytest
 from PIL import Image
+
+from spray.data.base import ImageDataset
+from spray.data.loading import DATASETS
+from spray.errors import UserError
 
 CLASSES = ("ant", "bee", "cat")
 SIDE = 12
+LABELS = np.arange(10) % 2
+"""Labels of ten images in two classes."""
 Part = tuple[np.ndarray, np.ndarray]
 """Images uint8 (N, C, H, W) and labels (N,)."""
 
@@ -28,6 +35,24 @@ def options(name: str, **changes: object) -> SimpleNamespace:
     defaults: dict[str, Any] = {"train": None, "test": None, "image_size": None, "mean": [0.5], "std": [0.5]}
     defaults |= {"factory": None, "options": None, "check": True, "plant": {}, "name": name}
     return SimpleNamespace(**(defaults | changes))
+
+
+def build(name: str, **changes: object) -> tuple[ImageDataset, ImageDataset]:
+    """Return training and test images of a dataset."""
+    return DATASETS.get(name)(options(name, **changes))
+
+
+def refused(function: Callable[[], object]) -> str:
+    """Return the one line that a mistake is told in."""
+    with pytest.raises(UserError) as caught:
+        function()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def images(n: int = 10, shape: tuple[int, ...] = (3, 8, 8)) -> np.ndarray:
+    """Return random images of bytes, always the same."""
+    return np.random.default_rng(3).integers(0, 256, (n, *shape), dtype=np.uint8)
 
 
 def png(image: np.ndarray) -> bytes:

@@ -11,13 +11,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from kinds import KINDS, Kind, Part
+from kinds import KINDS, Kind, Part, build
 
-from spray.data import loading
+from spray.data import decoded, loading
 from spray.data.base import ImageDataset, UnreadableSampleError
 from spray.data.loading import DATASETS
 from spray.data.subset import Subset, per_class
@@ -48,8 +49,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def build(configuration: SimpleNamespace, **changes: object) -> tuple[ImageDataset, ImageDataset]:
-    return DATASETS.get(configuration.name)(SimpleNamespace(**(vars(configuration) | changes)))
+def made(configuration: SimpleNamespace, **changes: object) -> tuple[ImageDataset, ImageDataset]:
+    return build(**(vars(configuration) | changes))
 
 
 def pixels(data: ImageDataset) -> np.ndarray:
@@ -64,7 +65,7 @@ def test_every_kind_of_dataset_is_here() -> None:
 
 def test_index_image_and_label_are_what_was_written(kind: Kind, folder: Path) -> None:
     parts = kind.parts()
-    for data, (images, labels) in zip(build(kind.write(folder, *parts)), parts, strict=True):
+    for data, (images, labels) in zip(made(kind.write(folder, *parts)), parts, strict=True):
         assert isinstance(data.classes, tuple)
         assert all(isinstance(name, str) and name for name in data.classes)
         assert len(set(data.classes)) == len(data.classes)
@@ -80,7 +81,7 @@ def test_index_image_and_label_are_what_was_written(kind: Kind, folder: Path) ->
 
 
 def test_batches_are_float_in_range_in_the_asked_order(kind: Kind, folder: Path) -> None:
-    data, _ = build(kind.write(folder, *kind.parts()))
+    data, _ = made(kind.write(folder, *kind.parts()))
     order = np.random.default_rng(1).permutation(min(len(data), 24))
     asked = np.concatenate([order, order[:3], order[:1]])
     batch = data.batch(asked)
@@ -99,8 +100,8 @@ def test_batches_are_float_in_range_in_the_asked_order(kind: Kind, folder: Path)
 
 def test_threads_get_what_one_gets(kind: Kind, folder: Path) -> None:
     configuration = kind.write(folder, *kind.parts())
-    expected = pixels(build(configuration)[0])
-    data = build(configuration)[0]  # nothing of it was used before
+    expected = pixels(made(configuration)[0])
+    data = made(configuration)[0]  # nothing of it was used before
     rng = np.random.default_rng(2)
     asked = [rng.integers(0, len(data), 17) for _ in range(40)]
     with ThreadPoolExecutor(4) as pool:
@@ -109,7 +110,7 @@ def test_threads_get_what_one_gets(kind: Kind, folder: Path) -> None:
 
 
 def test_names_are_printable_and_each_one_of_its_own(kind: Kind, folder: Path) -> None:
-    for data in build(kind.write(folder, *kind.parts())):
+    for data in made(kind.write(folder, *kind.parts())):
         names = [data.names[index] for index in range(len(data))]
         assert all(isinstance(name, str) and name and name.isprintable() for name in names)
         assert len(set(names)) == len(names)
@@ -117,12 +118,12 @@ def test_names_are_printable_and_each_one_of_its_own(kind: Kind, folder: Path) -
 
 def test_the_fingerprint_stays(kind: Kind, folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configuration = kind.write(folder, *kind.parts())
-    first = [data.fingerprint for data in build(configuration)]
+    first = [data.fingerprint for data in made(configuration)]
     assert len(set(first)) == 2
-    assert [data.fingerprint for data in build(configuration)] == first
+    assert [data.fingerprint for data in made(configuration)] == first
     monkeypatch.setenv("SPRAY_CACHE", str(own_cache) + "2")
-    assert [data.fingerprint for data in build(configuration)] == first
-    assert [data.fingerprint for data in build(configuration, check=False)] == first
+    assert [data.fingerprint for data in made(configuration)] == first
+    assert [data.fingerprint for data in made(configuration, check=False)] == first
 
 
 @pytest.mark.parametrize("what", ["image", "label"])
@@ -130,13 +131,13 @@ def test_the_fingerprint_follows_the_data(kind: Kind, folder: Path, what: str) -
     if kind.fixed:
         pytest.skip("its images are its own")
     train, test = kind.parts()
-    first = [data.fingerprint for data in build(kind.write(folder, train, test))]
+    first = [data.fingerprint for data in made(kind.write(folder, train, test))]
     changed: Part = (train[0].copy(), train[1].copy())
     if what == "image":
         changed[0][CHANGED] = 255 - changed[0][CHANGED]
     else:  # the last of the first class goes to the second
         changed[1][np.flatnonzero(train[1] == 0)[-1]] = 1
-    again = [data.fingerprint for data in build(kind.write(folder, changed, test))]
+    again = [data.fingerprint for data in made(kind.write(folder, changed, test))]
     assert again[0] != first[0]
 
 
@@ -145,11 +146,11 @@ def test_a_sample_that_cannot_be_read_is_left_out(kind: Kind, folder: Path, capl
         pytest.skip("it is read as a whole or not at all")
     train, test = kind.parts()
     configuration = kind.write(folder, train, test)
-    whole = build(configuration)[0].fingerprint
+    whole = made(configuration)[0].fingerprint
     kind.spoil(folder, [BAD])
     kept = np.delete(np.arange(len(train[1])), BAD)
     for _ in range(2):  # found out, then remembered
-        data = build(configuration)[0]
+        data = made(configuration)[0]
         assert len(data) == len(kept)
         assert len(data.unreadable) == 1
         name, reason = data.unreadable[0]
@@ -169,7 +170,7 @@ def test_a_sample_that_cannot_be_read_is_known_when_it_is_used(kind: Kind, folde
     train, test = kind.parts()
     configuration = kind.write(folder, train, test)
     kind.spoil(folder, [BAD])
-    data = build(configuration, check=False)[0]
+    data = made(configuration, check=False)[0]
     assert len(data) == len(train[1])
     assert list(data.unreadable) == []
     with pytest.raises(UnreadableSampleError, match=r"dataset\.check=true leaves such images out") as caught:
@@ -193,7 +194,7 @@ def test_all_of_a_class_unreadable_is_an_error(kind: Kind, folder: Path) -> None
     configuration = kind.write(folder, train, test)
     kind.spoil(folder, np.flatnonzero(train[1] == 1).tolist())
     with pytest.raises(UserError, match=r"class '(bee|1)' .* has no readable image"):
-        build(configuration)
+        made(configuration)
 
 
 def test_another_process_makes_the_same_of_the_configuration(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_another_process_makes_the_same_of_the_configuration(tmp_path: Path) -> 
         if all(package_is_there(package) for package in one.needs):
             (tmp_path / str(number)).mkdir()
             configurations.append(one.write(tmp_path / str(number), *one.parts()))
-            train, test = build(configurations[-1])
+            train, test = made(configurations[-1])
             expected.append([train.fingerprint, test.fingerprint, float(pixels(test).astype(np.float64).sum())])
     code = """if True:
         import json, sys, numpy as np
@@ -235,7 +236,7 @@ def package_is_there(name: str) -> bool:
 
 
 def test_a_few_of_each_class(kind: Kind, folder: Path) -> None:
-    data, _ = build(kind.write(folder, *kind.parts()))
+    data, _ = made(kind.write(folder, *kind.parts()))
     few = per_class(data, 2)
     assert np.bincount(few.labels, minlength=len(data.classes)).max() == 2
     rows = [list(data.names).index(name) for name in few.names]
@@ -253,6 +254,29 @@ def test_two_starts_do_not_get_in_each_others_way(kind: Kind, folder: Path) -> N
     configuration = kind.write(folder, *kind.parts())
     start = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
-        found = {data.fingerprint for data, _ in pool.map(lambda _: build(configuration), range(4))}
+        found = {data.fingerprint for data, _ in pool.map(lambda _: made(configuration), range(4))}
     assert len(found) == 1
     assert time.monotonic() - start < 60
+
+
+def test_what_was_found_out_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second start decodes no more than the few images that the fingerprint is made of."""
+    asked: list[int] = []
+    original = decoded.run_check
+
+    def counting(read: Any, check: Any, save: Any, what: str) -> Any:
+        asked.append(int((check.state == 0).sum()))
+        return original(read, check, save, what)
+
+    monkeypatch.setattr(decoded, "run_check", counting)
+    for number, name in enumerate(("arrays/HDF5", "webdataset", "factory/images", "torchvision/Country211")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        configuration = KINDS[name].write(folder, *KINDS[name].parts())
+        assert KINDS[name].spoil is not None
+        KINDS[name].spoil(folder, [3])
+        asked.clear()
+        for _ in range(2):
+            train, _ = made(configuration)
+            assert len(train.unreadable) == 1
+        assert asked == [24, 12, 0, 0], name

@@ -1,4 +1,4 @@
-"""Datasets of torchvision and of the user's own: forms of items, labels, classes, splits, and mistakes."""
+"""Datasets of the user's own: forms of items, labels, classes, fingerprints, threads, and mistakes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from kinds import KINDS, Part, options, png, write_tree
+from kinds import build, png, refused
 from PIL import Image
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision import transforms
@@ -23,9 +22,7 @@ from spray.data.arrays import ArrayDataset
 from spray.data.base import ImageDataset, UnreadableSampleError
 from spray.data.decoding import decode
 from spray.data.items import ItemDataset, unique
-from spray.data.loading import DATASETS
 from spray.data.subset import even_sample
-from spray.errors import UserError
 
 N = 20
 
@@ -56,13 +53,6 @@ def pixels_of(row: int, side: int = 6, channels: int = 3) -> np.ndarray:
 def dataset(image: Callable[[int], Any], label: Callable[[int], Any] | None = None, **more: Any) -> ItemDataset:
     n = more.pop("n", N)
     return ItemDataset(Items(image, label, n), "the images", more.pop("image_size", None), **more)
-
-
-def refused(function: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        function()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------- forms of images
@@ -293,14 +283,10 @@ def test_one_item_at_a_time_unless_threads_are_allowed(safe: bool) -> None:
 # ---------------------------------------------------------------- the user's function
 
 
-def build(configuration: SimpleNamespace) -> tuple[ImageDataset, ImageDataset]:
-    return DATASETS.get(configuration.name)(configuration)
-
-
 def factory(folder: Path, code: str, function: str = "load", **changes: object) -> tuple[ImageDataset, ImageDataset]:
     path = folder / "mine.py"
     path.write_text(code)
-    return build(options("factory", factory=f"{path}:{function}", **changes))
+    return build("factory", factory=f"{path}:{function}", **changes)
 
 
 GOOD = """
@@ -358,10 +344,10 @@ def test_mistakes_in_the_function(tmp_path: Path) -> None:
     assert "it lacks __len__" in message("stream")
     assert "unexpected keyword argument 'm'" in message(options={"m": 1})
     assert "unexpected keyword argument 'test'" in message(test="x")
-    assert "dataset.factory: there is no file" in refused(lambda: build(options("factory", factory="nowhere.py:load")))
-    assert "dataset.factory is not set" in refused(lambda: build(options("factory")))
+    assert "dataset.factory: there is no file" in refused(lambda: build("factory", factory="nowhere.py:load"))
+    assert "dataset.factory is not set" in refused(lambda: build("factory"))
     assert "dataset.factory=x.py:f: only dataset=factory" in refused(
-        lambda: build(options("image_folder", factory="x.py:f", train="a", test="b", image_size=8))
+        lambda: build("image_folder", factory="x.py:f", train="a", test="b", image_size=8)
     )
 
 
@@ -396,85 +382,3 @@ def test_an_item_that_raises_says_where(tmp_path: Path) -> None:
     line = 1 + next(i for i, text in enumerate(code.splitlines()) if "raise OSError" in text)
     assert train.unreadable == [("4", f"OSError: cut (mine.py:{line})")]
     assert train.labels.tolist() == [0, 1, 0, 1, 1]
-
-
-# ---------------------------------------------------------------- torchvision
-
-
-def torchvision(**own: Any) -> tuple[ImageDataset, ImageDataset]:
-    return build(options("torchvision", options=own))
-
-
-def test_torchvisions_own_reading_is_the_oracle(tmp_path: Path) -> None:
-    from torchvision.datasets import MNIST
-
-    kind = KINDS["torchvision/MNIST"]
-    kind.write(tmp_path, *kind.parts())
-    for data, part in zip(torchvision(name="MNIST", root=str(tmp_path)), (True, False), strict=True):
-        oracle = MNIST(str(tmp_path), train=part)
-        assert list(data.classes) == oracle.classes
-        for row in (0, 3, len(oracle) - 1):
-            image, label = oracle[row]
-            np.testing.assert_allclose(data.batch(np.array([row]))[0, 0].numpy(), np.asarray(image) / 255, atol=1e-7)
-            assert data.labels[row] == label
-
-
-def test_names_of_files_are_those_in_the_root(tmp_path: Path) -> None:
-    kind = KINDS["torchvision/Country211"]
-    train, _ = build(kind.write(tmp_path, *kind.parts()))
-    assert train.names[0] == "country211/train/ant/000.jpg"
-
-
-def test_splits_are_found_or_given(tmp_path: Path) -> None:
-    kind = KINDS["torchvision/Country211"]
-    parts = kind.parts()
-    kind.write(tmp_path, *parts)
-    other: Part = (255 - parts[1][0], parts[1][1])
-    write_tree(tmp_path / "country211/valid", other, ending="jpg")
-    _, test = torchvision(name="Country211", root=str(tmp_path), test={"split": "valid"})
-    np.testing.assert_allclose(test.batch(np.arange(len(test))).numpy(), other[0] / 255.0, atol=1e-7)
-    # Without a split called test.
-    (tmp_path / "imagenette2").mkdir()
-    for split, part in (("train", parts[0]), ("val", other)):
-        write_tree(tmp_path / "imagenette2" / split, part, ("n01440764", "n02102040", "n02979186"))
-    for path in (tmp_path / "imagenette2").rglob("*.png"):
-        path.rename(path.with_suffix(".JPEG"))
-    for wnid in ("n03000684", "n03028079", "n03394916", "n03417042", "n03425413", "n03445777", "n03888257"):
-        for split in ("train", "val"):
-            (tmp_path / "imagenette2" / split / wnid).mkdir()
-            Image.new("RGB", (12, 12)).save(tmp_path / "imagenette2" / split / wnid / "0.JPEG")
-    train, test = torchvision(name="Imagenette", root=str(tmp_path))
-    assert (len(train), len(test)) == (24 + 7, 12 + 7)
-    assert train.classes[0].startswith("tench")
-
-
-def test_a_share_is_held_out_where_there_are_no_parts() -> None:
-    own = {"name": "FakeData", "size": 40, "image_size": [3, 8, 8], "num_classes": 2}
-    assert "is not divided" in refused(lambda: torchvision(**own))
-    train, test = torchvision(**own, holdout=0.25)
-    assert (len(train), len(test)) == (30, 10)
-    whole, _ = torchvision(**own, test={"random_offset": 99})
-    rows = {image.numpy().tobytes() for image in whole.batch(np.arange(40))}
-    found = [{image.numpy().tobytes() for image in part.batch(np.arange(len(part)))} for part in (train, test)]
-    assert found[0] | found[1] == rows
-    assert not found[0] & found[1]
-    for share in (0, 1, 2, "x", True):
-        assert "holdout" in refused(lambda share=share: torchvision(**own, holdout=share))
-
-
-def test_mistakes_in_torchvisions_options(tmp_path: Path) -> None:
-    root = str(tmp_path)
-    assert "dataset.options has no name" in refused(lambda: torchvision())
-    assert "did you mean 'CIFAR10'" in refused(lambda: torchvision(name="Cifar10", root=root))
-    message = refused(lambda: torchvision(name="CIFAR10", root=root))
-    assert "download: true" in message
-    assert "has rot, which torchvision's CIFAR10 does not take; allowed: download, root, train" in refused(
-        lambda: torchvision(name="CIFAR10", rot=root)
-    )
-    assert "has transform" in refused(lambda: torchvision(name="CIFAR10", root=root, transform="ToTensor"))
-    assert "has loader" in refused(lambda: torchvision(name="ImageNet", root=root, loader="x"))
-    assert "options.train=True is no mapping" in refused(lambda: torchvision(name="MNIST", root=root, train=True))
-    assert "channels=2" in refused(lambda: torchvision(name="FakeData", channels=2, size=4, test={"size": 3}))
-    assert "dataset.options={root: DIR}" in refused(lambda: build(options("torchvision", train=root)))
-    assert "dataset.options=x is no mapping" in refused(lambda: build(options("torchvision", options="x")))
-    assert "'holdouts' (did you mean" not in refused(lambda: torchvision(name="FakeData", holdouts=1))

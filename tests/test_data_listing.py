@@ -8,9 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from kinds import png
 
 from spray.data import cache, checking, decoded, listing
 from spray.data import folder as folder_module
-from spray.data.decoding import UnreadableImageError, decode
+from spray.data.decoding import decode
 from spray.data.folder import FolderDataset
 from spray.errors import UserError
 
@@ -447,118 +445,3 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tree: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(UserError, match=r"cannot read the folder .*b/in: Permission denied"):
         FolderDataset(tree, SIZE)
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-def test_memory_is_taken_for_the_images_that_are_used(tree: Path) -> None:
-    size = 3000
-    each = 3 * size**2
-    FolderDataset(tree, size, cache_bytes=0)  # checked
-    before = resident()
-    data = FolderDataset(tree, size)
-    assert data._memory is not None
-    assert data._memory._pixels.nbytes == 12 * each
-    assert resident() - before < each
-    data.batch(np.array([7]))
-    # Its pixels, and what is left of decoding and of the batch.
-    assert resident() - before < 4 * each
-    assert data._memory._known.sum() == 1
-
-
-def test_memory_for_a_file_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    n_classes, n_each = 100, 500
-    found = [
-        (label, listing._Folder(f"n{label:08d}", 1, [], [b"n%08d_%d.JPEG" % (label, i) for i in range(n_each)]))
-        for label in range(n_classes)
-    ]
-    n = n_classes * n_each
-    monkeypatch.setattr(listing, "_state", lambda _folder, _listing, rows: [np.ones(len(rows), dtype=np.int64)] * 3)
-    made = listing._join(tmp_path, [part.path for _, part in found], found, None)
-    del found
-    monkeypatch.setattr(folder_module, "list_images", lambda *_: made)
-    tracemalloc.start()
-    data = FolderDataset(tmp_path, 64, check=False)
-    taken, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    held = sum(getattr(made, name).nbytes for name in ("ends", "sizes", "times", "regular")) + len(made.names)
-    assert len(data) == n
-    assert (held + made.check.state.nbytes) / n < 60
-    pixels = n * 3 * 64**2
-    assert (taken - pixels) / n < 60
-    assert data.names[777] == "n00000001/n00000001_277.JPEG"
-
-
-def test_filters_of_warnings_are_left_as_they_were_whoever_decodes() -> None:
-    import warnings
-
-    from spray.data.parallel import quiet_pillow
-
-    before = list(warnings.filters)
-    barrier = threading.Barrier(4)
-
-    def use() -> None:
-        for _ in range(200):
-            with quiet_pillow():
-                pass
-        barrier.wait()
-
-    threads = [threading.Thread(target=use) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert list(warnings.filters) == before
-
-
-@pytest.mark.parametrize("seconds", [0, 2e-4])
-def test_results_of_waiting_in_threads_keep_their_order(seconds: float) -> None:
-    from spray.data.parallel import wait_in_threads
-
-    used = set()
-
-    def wait(item: int) -> int:
-        used.add(threading.get_ident())
-        if seconds:
-            time.sleep(seconds)
-        return item * 2
-
-    assert wait_in_threads(wait, range(2000)) == list(range(0, 4000, 2))
-    assert (len(used) > 1) == (seconds > 0)
-    assert wait_in_threads(wait, []) == []
-
-
-def test_set_threads_bounds_how_many_images_are_decoded_at_once() -> None:
-    from spray.data.parallel import in_threads, set_threads
-
-    lock, now, most = threading.Lock(), 0, 0
-
-    def work(_: int) -> None:
-        nonlocal now, most
-        with lock:
-            now += 1
-            most = max(most, now)
-        time.sleep(0.002)
-        with lock:
-            now -= 1
-
-    set_threads(2)
-    try:
-        callers = [threading.Thread(target=in_threads, args=(work, range(20))) for _ in range(3)]
-        for caller in callers:
-            caller.start()
-        for caller in callers:
-            caller.join()
-        assert most == 2
-    finally:
-        set_threads(None)
-
-
-def test_unreadable_is_lasting_unless_the_system_failed() -> None:
-    assert UnreadableImageError("x").lasting
-    with pytest.raises(UnreadableImageError, match="not a regular file") as caught:
-        decode(Path("/dev/null"), 4)
-    assert caught.value.lasting

@@ -85,9 +85,7 @@ class HuggingFaceDataset(EncodedDataset):
         if isinstance(value, Mapping):
             if value.get("bytes") is None and value.get("path"):
                 # It could be any file of this machine.
-                raise UnreadableImageError(
-                    "it is not in the dataset, only the path of a file is; save it with its files"
-                )
+                raise UnreadableImageError("the dataset holds the path of a file only, not its content")
             value = value.get("bytes")
         if value is None:
             raise UnreadableImageError("there is no image")
