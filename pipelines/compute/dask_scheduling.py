@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distributed import Client, KilledWorker, SchedulerPlugin
+from distributed.comm import CommClosedError
 
 from spray.errors import UserError
 from spray.pipelines.compute.base import Job, ShardResult, make_worker
@@ -170,6 +172,7 @@ class Scheduling:
         self.failed_in_a_row: dict[str, set[int]] = {}
         self.builds_failed = 0
         self.last_task = 0
+        self.token = secrets.token_hex(4)
         self.seconds: float | None = None
         self.healed = self.seen = time.monotonic()
         self.progress = Progress(log, len(shards), sum(shard.size for shard in shards))
@@ -185,7 +188,7 @@ class Scheduling:
             If shards could not be computed; all others are done by then.
         """
         try:
-            self.client.register_plugin(self.plugin)
+            self._register()
             self._call(self._watch())
             while self.left:
                 check()
@@ -202,6 +205,16 @@ class Scheduling:
         self.progress.finish()
         if self.failed:
             raise ShardsFailedError(self._failure())
+
+    def _register(self) -> None:
+        """Hand the plugin to the scheduler, for workers there are and those to come; one of them may die meanwhile."""
+        for attempt in range(ATTEMPTS):
+            try:
+                self.client.register_plugin(self.plugin)
+                return
+            except CommClosedError:
+                if attempt == ATTEMPTS - 1:
+                    raise
 
     async def _watch(self) -> None:
         watch = Watch(self.events)
@@ -243,7 +256,14 @@ class Scheduling:
         number = self.last_task = self.last_task + 1
         shards = [work.shard for work in works]
         future = self.client.submit(
-            run_shards, shards, number, workers=[address], key=f"{TOPIC}-{number}", pure=False, retries=0
+            run_shards,
+            shards,
+            self.token,
+            number,
+            workers=[address],
+            key=f"{TOPIC}-{self.token}-{number}",
+            pure=False,
+            retries=0,
         )
         self.tasks[number] = Task(address, works, future)
         node.task = number
@@ -258,6 +278,9 @@ class Scheduling:
             self._lost(*what)
         elif kind == "over":
             self._over(*what)
+        elif what["run"] != self.token:
+            # Of an earlier run, which a worker has not noticed to be over.
+            return
         elif what["kind"] == "done":
             self._done(what["task"], ShardResult(**what["result"]))
         elif what["kind"] == "ended":
