@@ -83,10 +83,10 @@ def _fashion_mnist(options: DatasetOptions) -> tuple[ImageDataset, ImageDataset]
 
 @DATASETS.register("image_folder")
 def _image_folder(options: DatasetOptions) -> tuple[ImageDataset, ImageDataset]:
+    _read_options(options, "image_folder")
     train, test = _places(options, "DIR with a folder for each class")
     if options.image_size is None:
         raise UserError("dataset.image_size is not set; give the height and width that the model takes, such as 224")
-    _read_options(options, "image_folder")
     train_folder, test_folder = Path(train).expanduser(), Path(test).expanduser()
     # Before all images are decoded, which can take long.
     _require_same_classes(class_folders(train_folder), class_folders(test_folder))
