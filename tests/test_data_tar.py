@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from kinds import add, build, images, png, refused
 
 from spray.data import tar_index
 from spray.data.base import ImageDataset, UnreadableSampleError
+from spray.data.decoding import decode
 from spray.data.webdataset import find_shards
 
 
@@ -206,3 +208,25 @@ def test_a_size_may_be_set(tmp_path: Path) -> None:
     assert "image_size=0" in refused(lambda: tars(path, image_size=0))
     other = write_tar(tmp_path / "o.tar", ("0.jpg", png(images(shape=(3, 9, 9))[0])), ("0.cls", b"1"), *samples(4, 1))
     assert "it is 8×8 with 3 channels, the first image 9×9" in refused(lambda: tars(other))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_webdatasets_own_library_is_the_oracle(tmp_path: Path) -> None:
+    library = pytest.importorskip("webdataset")
+    with library.ShardWriter(str(tmp_path / "s-%03d.tar"), maxcount=4, verbose=0) as sink:
+        for row in range(10):
+            label = {"cls": row % 3} if row < 6 else {"json": {"label": row % 3}}
+            sink.write({"__key__": f"some/{row:03d}", "png": png(images()[row]), "other.txt": "x", **label})
+    pattern = f"{tmp_path}/s-{{000..002}}.tar"
+    expected = []
+    for sample in library.WebDataset(pattern, shardshuffle=False, empty_check=False):
+        label = int(sample["cls"]) if "cls" in sample else json.loads(sample["json"])["label"]
+        expected.append((sample["__key__"], label, decode(sample["png"], None)))
+    train, _ = tars(pattern)
+    assert len(train) == len(expected) == 10
+    for index, (key, label, pixels) in enumerate(expected):
+        assert train.names[index].endswith(f"/{key}")
+        assert train.labels[index] == label
+        np.testing.assert_array_equal(train.batch(np.array([index]))[0].numpy(), pixels.astype(np.float32) / 255)
+    for pattern in ("a-{08..11}.tar", "{a,b}-{1..2}.tar", "x{a,b{1..2}}y"):
+        assert [str(path) for path in find_shards(pattern, "x")] == library.shardlists.expand_urls(pattern)
