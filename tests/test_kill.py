@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import small
 
@@ -101,3 +105,75 @@ def test_a_full_disk_is_told_and_nothing_is_lost(prepared: tuple[Path, bytes], l
     assert again.code == 0, again.err
     assert f"{len(shards)} of 50 shards are there already" in again.out
     assert (run_dir / "attributions.h5").read_bytes() == prepared[1]
+
+
+SLOW = ["attribution.method=smooth_grad", "attribution.options={n_samples: 10}"]
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the processes that compute, not those that look after them."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            # A worker that is at its work has loaded torch; one that is killed before that has computed nothing yet.
+            if "spawn_main" in " ".join(child.cmdline()) and child.memory_info().rss > 3e8:
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since a file was changed, or many if it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 1e9
+
+
+def test_killed_workers_and_a_killed_scheduler_leave_no_trace(prepared: tuple[Path, bytes], tmp_path: Path) -> None:
+    import shutil
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        shutil.copytree(prepared[0], folder)
+    assert small.run(*COMMON, *SLOW, f"run_dir={whole}").code == 0
+    command = [sys.executable, "-m", "spray.pipelines.cli", *COMMON, *SLOW, f"run_dir={killed}"]
+    command += ["compute=dask_local", "compute.n_workers=2"]
+    rng = random.Random(0)
+    dead = schedulers = starts = due = 0
+    at_work: set[int] = set()
+    while starts < 20:
+        starts += 1
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wanted = rng.randint(2, 4)
+        while process.poll() is None:
+            time.sleep(rng.uniform(0, 0.3))
+            # In the middle of a shard; its temporary file may have been left by one that was killed, so by its age.
+            writing = any(_age(path) < 0.5 for path in killed.glob("shards/*/.*.tmp"))
+            done = len(list(killed.glob("shards/*/*.h5")))
+            workers = workers_of(process) if writing and dead < 10 and done >= due else []
+            if workers:
+                at_work.add(done)
+                due = done + rng.randint(0, 4)
+                victim = rng.choice(workers)
+                with suppress(psutil.Error):
+                    victim.kill()
+                    victim.wait(10)
+                    dead += 1
+                    wanted -= 1
+            if wanted <= 0 and schedulers < 2:
+                process.kill()
+                process.wait()
+                schedulers += 1
+        said = process.communicate()[0]
+        if process.returncode == 0:
+            break
+        assert process.returncode == -9, said
+    assert process.returncode == 0
+    assert dead >= 10
+    assert schedulers == 2
+    assert len(at_work) >= 4  # the kills met the work at different points
+    assert "lost worker" in (killed / "run.log").read_text()
+    assert (killed / "attributions.h5").read_bytes() == (whole / "attributions.h5").read_bytes()
+    assert not list(killed.rglob(".*.tmp"))
