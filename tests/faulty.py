@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from distributed import get_worker
 
 from spray.errors import UserError
 from spray.pipelines.compute.base import Job, ShardResult
@@ -38,6 +39,7 @@ class Faulty:
         for shard in shards:
             note(self.job, f"run-{shard.number}-{os.getpid()}")
             start = time.monotonic()
+            self.fail(f"worker {get_worker().name}")
             if self.fail(str(shard.number)):
                 continue
             time.sleep(self.job.config.get("seconds", 0))

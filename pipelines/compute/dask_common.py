@@ -28,6 +28,8 @@ QUIET = {
     # A dead worker's task is not run again by itself: this module decides.
     "distributed.scheduler.allowed-failures": 0,
     "distributed.worker.multiprocessing-method": "spawn",
+    # Else a worker that dies again while its cluster waits for it to come back would be given up for good.
+    "distributed.deploy.lost-worker-timeout": "24h",
     # Dask's own data are small; what models and images take is no reason to pause a worker.
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,

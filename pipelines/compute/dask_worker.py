@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -125,15 +126,16 @@ class BuildError(Exception):
     """Model or data could not be built; the cause says why."""
 
 
-def run_shards(shards: Sequence[Shard], task: int) -> None:
+def run_shards(shards: Sequence[Shard], run: str, task: int) -> None:
     """Compute shards in a worker and tell the scheduler of each that is on disk, and how it ended.
 
-    Errors are told as well, not raised: what Dask makes of them, it can't be made to keep to itself.
+    Each message has the run's token and the task's number. Errors are told as well, not raised: what Dask makes of
+    them, it can't be made to keep to itself.
     """
     worker = get_worker()
 
     def tell(**message: Any) -> None:
-        worker.log_event(TOPIC, message | {"task": task})
+        worker.log_event(TOPIC, message | {"run": run, "task": task})
 
     try:
         plugin: ShardPlugin = worker.plugins[PLUGIN]  # type: ignore[assignment]
@@ -151,7 +153,7 @@ def run_shards(shards: Sequence[Shard], task: int) -> None:
             leaves=True,
         )
         # A new process takes its place: after some errors, such as those of CUDA, nothing works any more in this one.
-        worker.loop.call_later(EXIT_SECONDS, os._exit, 1)
+        threading.Timer(EXIT_SECONDS, os._exit, (1,)).start()
 
 
 def is_hopeless(error: BaseException) -> bool:
