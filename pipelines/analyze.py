@@ -14,6 +14,7 @@ from spray.analysis.clustering import spectral_rows
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
 from spray.storage import hdf5_writer
+from spray.store import Attributions, open_attributions
 
 FEWEST = 5
 """A class with fewer heatmaps than this is not clustered: all its samples are one cluster."""
@@ -22,8 +23,11 @@ FEWEST = 5
 def run(context: Context) -> dict[str, Any]:
     """Write `analysis.h5`, a group for each class."""
     classes, small = context.train.classes, []
-    source = context.run_dir / "attributions.h5"
-    with h5py.File(source) as attributions, hdf5_writer(context.run_dir / "analysis.h5") as file:
+    shape = (len(context.train), None, None, None)
+    with (
+        open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions,
+        hdf5_writer(context.run_dir / "analysis.h5") as file,
+    ):
         for c in context.progress(range(len(classes)), len(classes), "classes analyzed"):
             index = np.flatnonzero(context.train.labels == c)
             features = class_features(attributions, index, context.config.analysis.grid)
@@ -44,11 +48,10 @@ def run(context: Context) -> dict[str, Any]:
     return {"classes": len(classes), "too_small": small}
 
 
-def class_features(attributions: h5py.File, index: np.ndarray, grid: int) -> np.ndarray:
-    """Return the heatmap features (n, d) of the samples at `index` (ascending), read in parts."""
-    relevance = attributions["attribution"]
-    parts = np.array_split(index, max(1, -(-len(index) // 1024)))
-    return np.concatenate([heatmap_features(relevance[part].astype(np.float32), grid) for part in parts])
+def class_features(attributions: Attributions, index: np.ndarray, grid: int) -> np.ndarray:
+    """Return the heatmap features (n, d) of the samples at `index`, read in parts."""
+    parts = [heatmap_features(part.astype(np.float32), grid) for _, part in attributions.batches(index)]
+    return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
 
 
 def _analyze(context: Context, group: h5py.Group, features: np.ndarray, used: np.ndarray) -> None:

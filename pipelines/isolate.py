@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import torch
 
+from spray.figures import fitted
 from spray.isolation.candidate import Artifact, isolate, otsu, scores
 from spray.isolation.causal import Effect, holm, test_effect, verdict
 from spray.pipelines.context import Context
@@ -18,6 +19,8 @@ from spray.pipelines.isolated import save_artifact
 from spray.pipelines.pictures import artifact_pictures
 from spray.pipelines.stage import Stage
 from spray.storage import read_json, write_bytes, write_json, write_text
+from spray.store import open_attributions
+from spray.store.reading import Rows
 from spray.training import batches
 
 FEWEST = 4
@@ -47,16 +50,17 @@ def run(context: Context) -> dict[str, Any]:
     """Write `artifacts.json` and a folder for each candidate."""
     clusters = _choose(context)
     candidates = []
-    with h5py.File(context.run_dir / "attributions.h5") as attributions:
+    shape = (len(context.train), None, None, None)
+    with open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions:
         for row, members in context.progress(clusters, len(clusters), "candidates isolated"):
-            candidate = _isolate(context, attributions["attribution"], row, members)
+            candidate = _isolate(context, attributions.attribution, row, members)
             if candidate is not None:
                 candidates.append(candidate)
         _judge(candidates)
         candidates = _distinct(sorted(candidates, key=lambda c: c.strength, reverse=True))
         rows = []
         for number, candidate in enumerate(candidates, start=1):
-            rows.append(_write(context, attributions["attribution"], f"a{number:02d}", candidate))
+            rows.append(_write(context, attributions.attribution, f"a{number:02d}", candidate))
     write_json(context.run_dir / "artifacts.json", {"artifacts": rows})
     found = [row for row in rows if row["verdict"] != "no_effect"]
     for row in found:
@@ -92,7 +96,7 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
     return chosen[: options.candidates]
 
 
-def _isolate(context: Context, relevance: h5py.Dataset, row: dict[str, Any], members: np.ndarray) -> Candidate | None:
+def _isolate(context: Context, relevance: Rows, row: dict[str, Any], members: np.ndarray) -> Candidate | None:
     """Isolate one cluster's artifact, score all samples of its class, test its effect."""
     options, c = context.config.isolate, row["class_index"]
     rng = np.random.default_rng([context.config.seed, c, len(members)])
@@ -106,9 +110,9 @@ def _isolate(context: Context, relevance: h5py.Dataset, row: dict[str, Any], mem
         return None
     artifact = isolate(
         context.train.batch(inside),
-        torch.from_numpy(relevance[inside].astype(np.float32).sum(axis=1)),
+        _maps(context, relevance, inside),
         context.train.batch(outside),
-        torch.from_numpy(relevance[outside].astype(np.float32).sum(axis=1)),
+        _maps(context, relevance, outside),
     )
     if artifact is None:
         return None
@@ -125,6 +129,11 @@ def _isolate(context: Context, relevance: h5py.Dataset, row: dict[str, Any], mem
         context.config.seed,
     )
     return Candidate(c, row["cluster"], artifact, of_class[carries], effect)
+
+
+def _maps(context: Context, relevance: Rows, indices: np.ndarray) -> torch.Tensor:
+    """Return heatmaps (n, H, W) of the images' size, however small and with however many channels they are stored."""
+    return torch.from_numpy(fitted(relevance[indices].astype(np.float32).sum(axis=1), context.train.image_shape[1:]))
 
 
 def _judge(candidates: list[Candidate]) -> None:
@@ -159,7 +168,7 @@ def _scores(context: Context, artifact: Artifact, indices: np.ndarray) -> np.nda
     return scores(artifact, (context.train.batch(indices[part]) for part in batches(len(indices), 1024)))
 
 
-def _write(context: Context, relevance: h5py.Dataset, name: str, candidate: Candidate) -> dict[str, Any]:
+def _write(context: Context, relevance: Rows, name: str, candidate: Candidate) -> dict[str, Any]:
     """Write a candidate's folder and return its row of `artifacts.json`."""
     folder = context.run_dir / "artifacts" / name
     everywhere = _scores(context, candidate.artifact, np.arange(len(context.train)))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import h5py
 import numpy as np
 
-from spray.figures import gallery, to_png
+from spray.figures import fitted, gallery, to_png
 from spray.isolation.candidate import Artifact
 from spray.pipelines.context import Context
+from spray.store.reading import Rows
 
 SHOWN = 12
 """Samples in a gallery."""
 
 
-def artifact_pictures(
-    context: Context, artifact: Artifact, relevance: h5py.Dataset, best: np.ndarray
-) -> dict[str, bytes]:
+def artifact_pictures(context: Context, artifact: Artifact, relevance: Rows, best: np.ndarray) -> dict[str, bytes]:
     """Return `mask.png`, `pattern.png` and `gallery.png`.
 
     Parameters
@@ -24,8 +22,8 @@ def artifact_pictures(
         Of the run.
     artifact : Artifact
         What to show.
-    relevance : h5py.Dataset
-        (N, C, H, W).
+    relevance : Rows
+        (N, C, h, w), of the images' size or smaller.
     best : ndarray of int
         The samples that carry it, best first; the gallery shows some of them.
     """
@@ -36,7 +34,7 @@ def artifact_pictures(
         pictures["gallery.png"] = to_png(
             gallery(
                 context.train.batch(shown).numpy(),
-                relevance[shown].astype(np.float32),
+                fitted(relevance[shown].astype(np.float32), context.train.image_shape[1:]),
                 [str(context.train.names[i]) for i in shown],
                 columns=3,
             )

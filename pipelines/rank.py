@@ -22,6 +22,7 @@ from spray.pipelines.analyze import class_features
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
 from spray.storage import write_json
+from spray.store import Attributions, open_attributions
 
 SMALLEST = 8
 """Clusters with fewer samples are not scored."""
@@ -46,9 +47,10 @@ def run(context: Context) -> dict[str, Any]:
     """Write `ranking.json`."""
     classes = context.train.classes
     rows: list[Row] = []
+    shape = (len(context.train), None, None, None)
     with (
         h5py.File(context.run_dir / "analysis.h5") as analysis,
-        h5py.File(context.run_dir / "attributions.h5") as attributions,
+        open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions,
         # On matrices this small more threads only wait for each other, for long where other jobs want the cores.
         threadpool_limits(1),
     ):
@@ -74,7 +76,7 @@ def run(context: Context) -> dict[str, Any]:
     return {"clusters": len(clusters)}
 
 
-def _scorer(context: Context, group: h5py.Group, attributions: h5py.File) -> Callable[[np.ndarray], float]:
+def _scorer(context: Context, group: h5py.Group, attributions: Attributions) -> Callable[[np.ndarray], float]:
     """Return the function that scores a cluster, given as a mask over the class's samples."""
     if context.config.rank.score == "fisher":
         embedding = group["embedding/spectral"][:]

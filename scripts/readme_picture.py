@@ -9,14 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-import h5py
 import matplotlib
 import numpy as np
 from omegaconf import OmegaConf
 
 from spray.data.loading import DATASETS
 from spray.data.planting import planted
-from spray.figures import gallery
+from spray.figures import fitted, gallery
+from spray.store import open_attributions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -32,8 +32,8 @@ def main(run_dir: Path, target: Path) -> None:
     first = json.loads((run_dir / "artifacts.json").read_text())["artifacts"][0]
     models = json.loads((run_dir / "verification.json").read_text())["models"]
     chosen = np.sort(np.random.default_rng(0).permutation(first["samples"])[:SHOWN])
-    with h5py.File(run_dir / "attributions.h5") as file:
-        relevance = file["attribution"][chosen]
+    with open_attributions(run_dir / "attributions.h5") as file:
+        relevance = fitted(file.attribution[chosen], train.image_shape[1:])
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.3), width_ratios=[1.9, 1], layout="constrained")
     left.imshow(gallery(train.batch(chosen).numpy(), relevance, [""] * SHOWN, columns=3))
     left.set_axis_off()

@@ -56,6 +56,37 @@ def relevance_map(relevance: np.ndarray) -> np.ndarray:
     return relevance
 
 
+def fitted(relevance: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Bring heatmaps that were stored smaller to the size of their images, by bilinear interpolation.
+
+    What a pixel gets is the relevance of its surroundings, not a share of it: the sum is not conserved. That
+    serves for looking at a map and for weighting pixels with it.
+
+    Parameters
+    ----------
+    relevance : ndarray of float, shape (..., h, w)
+    size : sequence of int
+        Height and width of the images.
+
+    Returns
+    -------
+    ndarray of float, shape (..., height, width)
+        The same array if it has that size already.
+    """
+    for axis, length in ((-2, int(size[0])), (-1, int(size[1]))):
+        have = relevance.shape[axis]
+        if have == length:
+            continue
+        # Where the centres of the new pixels lie among those of the old ones; beyond the last one, at the last one.
+        place = ((np.arange(length) + 0.5) * have / length - 0.5).clip(0, have - 1)
+        low = np.floor(place).astype(int)
+        share = np.asarray(place - low, dtype=relevance.dtype)
+        share = share[:, None] if axis == -2 else share
+        before, after = relevance.take(low, axis), relevance.take(np.minimum(low + 1, have - 1), axis)
+        relevance = before + share * (after - before)
+    return relevance
+
+
 def shared_limit(relevances: Sequence[np.ndarray] | np.ndarray, quantile: float = 0.995) -> float:
     """Return one limit that makes several heatmaps comparable: a quantile of |R| over all their pixels.
 

@@ -16,7 +16,7 @@ from spray.store.layout import ArraySpec, Layout
 from spray.store.shards import Shard, plan_shards, shard_writer
 
 KEY = "0123abcd"
-ATTRIBUTES = {"method": "lrp", "composite": "epsilon_plus_flat", "target": "label"}
+ATTRIBUTES = {"method": "lrp", "composite": "epsilon_plus_flat", "target": "", "title": "Größe"}
 
 SPECS = {
     "attribution": ArraySpec((3, 6, 5), "float32"),

@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 
 from spray.data.base import ImageDataset
-from spray.figures import relevance_map, shared_limit
+from spray.figures import fitted, relevance_map, shared_limit
 from spray.report.data import Embedding, Gallery, Tile
 from spray.report.pictures import thumbnail
+from spray.store import open_attributions
 
 _TOP, _RANDOM, _NEAR = 9, 6, 6
 _BATCH = 128
@@ -144,8 +145,9 @@ def _tiles(
     dataset: ImageDataset, attributions: Path, indices: Sequence[int], scores: Mapping[int, float]
 ) -> tuple[Tile, ...]:
     images = dataset.batch(np.asarray(indices)).numpy()
-    with h5py.File(attributions) as file:
-        relevances = [np.nan_to_num(relevance_map(file["attribution"][index])) for index in indices]
+    with open_attributions(attributions) as file:
+        maps = [np.nan_to_num(relevance_map(relevance)) for relevance in file.attribution[np.asarray(indices)]]
+    relevances = [fitted(relevance, dataset.image_shape[1:]) for relevance in maps]
     return tuple(
         Tile(dataset.names[index], index, image, relevance, scores.get(index))
         for index, image, relevance in zip(indices, images, relevances, strict=True)

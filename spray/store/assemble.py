@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
 from spray.errors import UserError
 from spray.storage import replacing
-from spray.store.disk import closing, disk_errors, new_file
-from spray.store.layout import DIGESTS, Layout
+from spray.store.disk import Encoder, closing, disk_errors, new_file
+from spray.store.layout import DIGESTS, ArraySpec, Layout
 from spray.store.shards import (
     DamagedShardError,
     Shard,
@@ -92,21 +90,13 @@ def assemble(
             facts = [_copy(folder / shard.name, shard, key, layout, datasets) for shard in copied]
             _describe(file, layout, {**attributes, "key": key}, facts)
         _forget(temporary)
-        with h5py.File(temporary, "r") as file:
-            datasets = {name: file[name] for name in layout.names}
-            for shard, fact in zip(through(shards, len(shards), "shards compared"), facts, strict=True):
-                if rows_sha256(datasets, shard.start, shard.stop) != fact.data_sha256:
-                    raise UserError(
-                        f"{path}: the disk doesn't give back what was written to it; check the disk, then start "
-                        "again: what is computed already is kept"
-                    )
+        compared = zip(through(shards, len(shards), "shards compared"), facts, strict=True)
+        if not _gives_back(temporary, layout, compared):
+            raise UserError(
+                f"{path}: the disk doesn't give back what was written to it; check the disk, then start again: what "
+                "is computed already is kept"
+            )
     return facts
-
-
-def attributes_sha256(attributes: Mapping[str, Any]) -> bytes:
-    """Return the SHA-256 of a file's attributes."""
-    plain = {name: value if isinstance(value, str) else np.asarray(value).item() for name, value in attributes.items()}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).digest()
 
 
 def _copy(path: Path, shard: Shard, key: str, layout: Layout, to: Mapping[str, h5py.Dataset]) -> ShardFacts:
@@ -134,12 +124,26 @@ def _describe(
 ) -> None:
     """Write the attributes, and the digest of each shard's rows, so that a fault can be traced to them."""
     digests = np.frombuffer(b"".join(bytes.fromhex(fact.data_sha256) for fact in facts), np.uint8).reshape(-1, 32)
-    file.create_dataset(DIGESTS, data=digests, chunks=(min(len(digests), 2048), 32), fletcher32=True, track_times=False)
+    table = Layout({DIGESTS: ArraySpec((32,), "uint8")}, len(digests), len(digests))
+    dataset, encoder = table.create(file, len(digests))[DIGESTS], Encoder(table)
+    for row in range(0, len(digests), dataset.chunks[0]):
+        write_chunk(dataset, row, *encoder.encode(DIGESTS, digests[row : row + dataset.chunks[0]]))
+    encoder.close()
     described = {**attributes, "format": FORMAT, "shard_size": layout.shard_size}
     for name, value in sorted(described.items()):
-        file.attrs[name] = value
-    # Not as text: HDF5 keeps that where it has no checksums.
-    file.attrs[DIGESTS] = np.frombuffer(attributes_sha256(described), np.uint8)
+        # A text of fixed length: those of any length are kept where HDF5 has no checksums, and one changed byte
+        # there can have it go round in a circle for ever.
+        file.attrs[name] = np.bytes_(value.encode() or b"\0") if isinstance(value, str) else value
+
+
+def _gives_back(path: Path, layout: Layout, compared: Iterable[tuple[Shard, ShardFacts]]) -> bool:
+    """Return whether the file holds the shards' chunks."""
+    try:
+        with h5py.File(path, "r") as file:
+            datasets = {name: file[name] for name in layout.names}
+            return all(rows_sha256(datasets, shard.start, shard.stop) == fact.data_sha256 for shard, fact in compared)
+    except (OSError, RuntimeError, KeyError):
+        return False
 
 
 def _forget(path: Path) -> None:

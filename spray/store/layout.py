@@ -30,7 +30,7 @@ out as other bytes now and then, which a file that is to be the same after an in
 """
 
 DIGESTS = "sha256"
-"""Name of the dataset with each shard's SHA-256, and of the attribute with that of the other attributes."""
+"""Name of the dataset with each shard's SHA-256."""
 
 PLAIN = ("attribution", "label", "prediction", "valid", DIGESTS)
 """Names that arrays may have, beside those of inner layers."""

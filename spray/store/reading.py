@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from spray.errors import UserError
-from spray.store.assemble import FORMAT, attributes_sha256
+from spray.store.assemble import FORMAT
 from spray.store.foreign import open_foreign, reading_errors
 from spray.store.layout import DIGESTS, LAYER
 from spray.store.shards import rows_sha256
@@ -115,7 +115,7 @@ class Rows:
         order = np.argsort(indices, kind="stable")
         ascending = indices[order]
         # A new part begins where a chunk is left out, or where the part gets too long.
-        most = self._most_rows()
+        most = self.rows_at_once
         chunk = ascending // self.rows_per_chunk
         breaks = (np.diff(chunk) > 1) | (np.diff(chunk // (most // self.rows_per_chunk)) > 0)
         for part in np.split(np.arange(len(indices)), np.flatnonzero(breaks) + 1):
@@ -124,8 +124,9 @@ class Rows:
                 values[order[part]] = self._range(start, stop)[ascending[part] - start]
         return values
 
-    def _most_rows(self) -> int:
-        """Return how many rows are read at once: whole chunks."""
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of whole chunks that are read in one go: some 16 MiB."""
         row = max(1, self._dataset.nbytes // max(1, len(self)))
         return max(1, _BLOCK_BYTES // row // self.rows_per_chunk) * self.rows_per_chunk
 
@@ -217,7 +218,7 @@ class Attributions:
         return known[name] if name in known else self._rows(name, "fiub")
 
     def batches(
-        self, indices: np.ndarray | Sequence[int] | None = None, size: int = 1024, name: str = "attribution"
+        self, indices: np.ndarray | Sequence[int] | None = None, size: int | None = None, name: str = "attribution"
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Go through rows in parts.
 
@@ -226,8 +227,8 @@ class Attributions:
         indices : ndarray of int, optional
             Which rows, in this order; by default all. Where they ascend, parts end where chunks do, so that
             none is read twice.
-        size : int
-            Most rows in a part.
+        size : int, optional
+            Most rows in a part; by default as many as 16 MiB hold.
         name : str
             Of the array.
 
@@ -239,9 +240,10 @@ class Attributions:
         rows = self.array(name)
         wanted = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
         chunk = wanted // rows.rows_per_chunk
+        most = rows.rows_at_once if size is None else max(1, size)
         at = 0
         while at < len(wanted):
-            stop = min(at + max(1, size), len(wanted))
+            stop = min(at + most, len(wanted))
             while stop < len(wanted) and chunk[stop] == chunk[stop - 1] and chunk[stop - 1] != chunk[at]:
                 stop -= 1
             yield wanted[at:stop], rows[wanted[at:stop]]
@@ -265,8 +267,8 @@ class Attributions:
             return
         for name in names:
             rows = self.array(name)
-            for start in range(0, len(rows), rows._most_rows()):
-                rows[start : start + rows._most_rows()]
+            for start in range(0, len(rows), rows.rows_at_once):
+                rows[start : start + rows.rows_at_once]
 
     def _verify_digests(self, names: Sequence[str]) -> None:
         size = int(self.attributes["shard_size"])
@@ -318,14 +320,12 @@ class Attributions:
 
 def _attributes(path: Path, file: h5py.File, key: str | None) -> dict[str, Any]:
     """Read and check what the file says of itself."""
-    attributes = dict(file.attrs)
-    digest = attributes.pop(DIGESTS, None)
-    # A run's own file always has the digest, which HDF5 checks; the format is a text, which it doesn't.
-    if "format" in attributes or digest is not None:
-        if attributes.get("format") != FORMAT:
-            raise UserError(f"{path} has format {attributes.get('format')!r}, but this version reads {FORMAT!r}")
-        if digest is None or digest.tobytes() != attributes_sha256(attributes):
-            raise UserError(f"{path} is damaged: its attributes aren't what was written; {REMEDY}")
+    attributes = {
+        name: value.decode(errors="replace") if isinstance(value, bytes) else value
+        for name, value in file.attrs.items()
+    }
+    if attributes.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path} has format {attributes['format']!r}, but this version reads {FORMAT!r}")
     if key is not None and attributes.get("key") != key:
         found = f"key {attributes['key']}" if "key" in attributes else "no key"
         raise UserError(f"{path} was computed with other settings ({found}, not {key}); {REMEDY}")
