@@ -194,7 +194,8 @@ def test_a_worker_that_fails_at_everything_gets_no_more(run, caplog, monkeypatch
     assert job.are_whole
     assert "worker 0 on 127.0.0.1 failed" in caplog.text
     assert "worker 1 on 127.0.0.1 failed" not in caplog.text
-    assert "; 0 failed 2 times" in caplog.text
+    # Twice by single shards, perhaps once before by several.
+    assert caplog.text.count("worker 0 on 127.0.0.1 failed at") in (2, 3)
 
 
 @pytest.mark.slow

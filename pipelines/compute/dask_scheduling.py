@@ -248,6 +248,8 @@ class Scheduling:
         # Towards the end less at once, so that all workers end together.
         most = -(-len(self.waiting) // (2 * max(1, len(self.nodes))))
         wanted = min(int(TASK_SECONDS / self.seconds), most) if self.seconds else 1
+        if node.name in self.failed_in_a_row:
+            wanted = 1
         while not first.is_alone and len(works) < wanted and self.waiting and not self.waiting[0].is_alone:
             works.append(self.waiting.popleft())
         return works
@@ -364,6 +366,7 @@ class Scheduling:
 
     def _blame(self, node: Node, works: list[Work], reason: str) -> None:
         """Note that a worker failed or died at these shards."""
+        self.failed_in_a_row.setdefault(node.name, set())
         if len(works) > 1:
             # Which of them it was at isn't known. At the end, so that what nothing is wrong with is done before.
             for work in works:
@@ -372,7 +375,7 @@ class Scheduling:
                 self.waiting.append(work)
             return
         for work in works:
-            self.failed_in_a_row.setdefault(node.name, set()).add(work.shard.number)
+            self.failed_in_a_row[node.name].add(work.shard.number)
             work.is_alone = True
             work.reasons.append(reason)
             work.avoided.add(node.name)
