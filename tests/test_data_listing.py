@@ -296,7 +296,7 @@ def test_nothing_comes_of_a_cache_that_cannot_be_written(
     tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SPRAY_CACHE", "/dev/null/cache")
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, "spray"):  # to which the command gives a level of its own
         first = FolderDataset(tree, SIZE)
         assert FolderDataset(tree, SIZE).fingerprint == first.fingerprint
     assert "could not be cached" in caplog.text
@@ -368,7 +368,7 @@ def test_processes_that_start_at_once(tree: Path, tmp_path: Path) -> None:
 def test_a_check_that_is_cut_short_goes_on_where_it_was(
     tree: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checking, "CHUNK", 4)
+    monkeypatch.setattr(decoded, "CHUNK", 4)
     monkeypatch.setattr(checking, "SAVE_SECONDS", -1)
     read = FolderDataset._read
 
@@ -413,7 +413,7 @@ def test_another_decoder_is_asked_again(tree: Path, calls: Calls, monkeypatch: p
 def test_a_long_check_says_how_far_it_is(
     tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(checking, "CHUNK", 4)
+    monkeypatch.setattr(decoded, "CHUNK", 4)
     monkeypatch.setattr(checking, "SAY_SECONDS", -1)
     with caplog.at_level(logging.INFO):
         FolderDataset(tree, SIZE)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kinds import images, png
+from kinds import images, png, write_tree
 
+from spray.data import decoded, listing
 from spray.data import folder as folder_module
-from spray.data import listing
 from spray.data.decoding import UnreadableImageError, decode
 from spray.data.folder import FolderDataset
 from spray.data.parallel import in_threads, quiet_pillow, set_threads, wait_in_threads
@@ -134,3 +134,17 @@ def test_unreadable_is_lasting_unless_the_system_failed() -> None:
     with pytest.raises(UnreadableImageError, match="not a regular file") as caught:
         decode(Path("/dev/null"), 4)
     assert caught.value.lasting
+
+
+def test_large_images_are_read_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoded, "MAX_DECODERS", 2)
+    monkeypatch.setattr(decoded, "CHUNK_BYTES", 3 * 8 * 8 * 5)
+    write_tree(tmp_path / "tree", (images(24), np.arange(24) % 3))
+    asked: list[int] = []
+    read = FolderDataset._read
+    monkeypatch.setattr(FolderDataset, "_read", lambda self, rows: (asked.append(len(rows)), read(self, rows))[1])
+    FolderDataset(tmp_path / "tree", 8)
+    assert asked == [5, 5, 5, 5, 4]
+    asked.clear()
+    FolderDataset(tmp_path / "tree", 80, remember=False)
+    assert asked == [2] * 12

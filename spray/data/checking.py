@@ -79,6 +79,7 @@ def run_check(
     check: Check,
     save: Callable[[], None],
     what: str,
+    most: int = CHUNK,
 ) -> dict[int, str]:
     """Find out what is not known yet.
 
@@ -92,6 +93,8 @@ def run_check(
         Saves it: called every minute and at the end, so that a check that is cut short goes on where it was.
     what : str
         Whose images they are, for the log.
+    most : int
+        Images that are read at once.
 
     Returns
     -------
@@ -101,8 +104,8 @@ def run_check(
     passing: dict[int, str] = {}
     waiting = np.flatnonzero(check.state == UNKNOWN)
     start = said = saved = time.monotonic()
-    for done in range(0, len(waiting), CHUNK):
-        rows = waiting[done : done + CHUNK]
+    for done in range(0, len(waiting), most):
+        rows = waiting[done : done + most]
         failures = read(rows)
         check.state[rows] = GOOD
         for row, error in failures.items():

@@ -18,13 +18,14 @@ from spray.data import cache
 from spray.data.base import ImageDataset, UnreadableSampleError
 from spray.data.checking import Check, run_check
 from spray.data.decoding import UnreadableImageError, decode, reasons
-from spray.data.parallel import in_threads, quiet_pillow
+from spray.data.parallel import MAX_DECODERS, in_threads, quiet_pillow
 from spray.data.subset import even_sample
 from spray.errors import UserError
 
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 2 << 30
+CHUNK, CHUNK_BYTES = 256, 64 << 20
 TRIED = 32
 """Images that are looked at to find out their form."""
 SAID = 20
@@ -148,7 +149,22 @@ class DecodedDataset(ImageDataset):
         def read(rows: np.ndarray) -> dict[int, UnreadableImageError]:
             return {int(rows[place]): error for place, error in self._read(rows)[1].items()}
 
-        return run_check(read, check, save, what)
+        return run_check(read, check, save, what, self._at_once)
+
+    @property
+    def _at_once(self) -> int:
+        """Images to read at once: enough for all threads, not too many for the memory."""
+        return min(CHUNK, max(MAX_DECODERS, CHUNK_BYTES // max(1, math.prod(self.image_shape) * self._dtype.itemsize)))
+
+    def _hash_some(self, most: int) -> str:
+        """Return a hash of the pixels of some images, spread evenly; those that cannot be read count as black."""
+        rows = even_sample(len(self._rows), most)
+        hashes = []
+        for start in range(0, len(rows), self._at_once):
+            pixels, failures = self._read(rows[start : start + self._at_once])
+            pixels[list(failures)] = 0
+            hashes += [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+        return hash_of(*hashes)
 
     def _keep(self, labels: np.ndarray, names: Sequence[str], bad: dict[int, str], what: str) -> np.ndarray:
         """Leave out bad rows; return those that are kept.

@@ -26,7 +26,6 @@ from spray.factories import kind_of, one_line, place
 log = logging.getLogger(__name__)
 
 UNKNOWN = -1
-CHUNK = 256
 HASHED = 256
 """Images whose pixels go into the fingerprint of a dataset that has none of its own."""
 SAY_SECONDS = 5.0
@@ -211,8 +210,8 @@ class ItemDataset(DecodedDataset):
         n = len(self._labels)
         bad: dict[int, str] = {}
         start = said = time.monotonic()
-        for first in range(0, n, CHUNK):
-            rows = np.arange(first, min(first + CHUNK, n))
+        for first in range(0, n, self._at_once):
+            rows = np.arange(first, min(first + self._at_once, n))
             bad |= {int(rows[at]): str(error) for at, error in sorted(self._read(rows)[1].items())}
             now = time.monotonic()
             if now - said > SAY_SECONDS:
@@ -238,10 +237,7 @@ class ItemDataset(DecodedDataset):
         own = getattr(self._items, "fingerprint", None)
         if isinstance(own, str):
             return hash_of(identity, form, self._labels, own)
-        rows = even_sample(len(self._labels), HASHED)
-        pixels, failures = self._read(rows)
-        pixels[list(failures)] = 0
-        return hash_of(identity, form, self._labels, pixels)
+        return hash_of(identity, form, self._labels, self._hash_some(HASHED))
 
     def _form(self, image: Any) -> np.ndarray:
         """Return an image as an array (C, H, W) of the dataset's type."""
