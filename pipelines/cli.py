@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spray.errors import UserError
-from spray.pipelines.preemption import RESUME, Preempted, listening
+from spray.pipelines.preemption import RESUME, Preempted, check, listening
 from spray.pipelines.sweeps import ENDS, JobEnd, Task, stop_local_jobs
 
 if TYPE_CHECKING:
@@ -44,8 +44,13 @@ def _main() -> int:
     _folder.clear()
     _log_to_terminal()
     try:
-        sys.argv[1:] = flags_first(sys.argv[1:])
-        _run_hydra()
+        try:
+            sys.argv[1:] = flags_first(sys.argv[1:])
+            _run_hydra()
+        except Exception:
+            # A library may have made something else of a stop.
+            check()
+            raise
     except (KeyboardInterrupt, Preempted) as stop:
         stop_local_jobs()
         told = f"stopped by {stop}" if isinstance(stop, Preempted) else "interrupted"
@@ -142,11 +147,14 @@ def _job(config: DictConfig, typed: list[str]) -> JobEnd:
     if sweep:
         _log.info("job %s", name)
         _folder[:] = [Path(settings.sweep.dir).absolute()]
+    check()
     try:
         _run_job(config, settings)
     except UserError as error:
+        check()
         return JobEnd(number, USER_ERROR, _error(str(error), name))
     except Exception as error:
+        check()
         details = Path(settings.runtime.output_dir) / "run.log"
         where = f"; details in {details}" if details.exists() else ""
         return JobEnd(number, FAILED, _error(f"{type(error).__name__}: {error}{where}", name))
