@@ -85,10 +85,11 @@ def assemble(
     with disk_errors(path), replacing(path) as temporary:
         file = new_file(temporary)
         with closing(file, temporary):
+            _describe(file, {**attributes, "key": key, "format": FORMAT, "shard_size": layout.shard_size})
             datasets = layout.create(file, layout.n)
             copied = through(shards, len(shards), "shards put together")
             facts = [_copy(folder / shard.name, shard, key, layout, datasets) for shard in copied]
-            _describe(file, layout, {**attributes, "key": key}, facts)
+            _write_digests(file, facts)
         _forget(temporary)
         compared = zip(through(shards, len(shards), "shards compared"), facts, strict=True)
         if not _gives_back(temporary, layout, compared):
@@ -119,21 +120,24 @@ def _read(path: Path, dataset: h5py.Dataset) -> Iterator[tuple[int, bytes]]:
         raise DamagedShardError(path, f"can't be read: {error}") from None
 
 
-def _describe(
-    file: h5py.File, layout: Layout, attributes: Mapping[str, str | int | float], facts: Sequence[ShardFacts]
-) -> None:
-    """Write the attributes, and the digest of each shard's rows, so that a fault can be traced to them."""
+def _describe(file: h5py.File, attributes: Mapping[str, str | int | float]) -> None:
+    """Write what the file says of itself.
+
+    Texts are of fixed length: those of any length are kept where HDF5 has no checksums, and one changed byte there
+    can have it go round in a circle for ever.
+    """
+    for name, value in sorted(attributes.items()):
+        file.attrs[name] = np.bytes_(value.encode() or b"\0") if isinstance(value, str) else value
+
+
+def _write_digests(file: h5py.File, facts: Sequence[ShardFacts]) -> None:
+    """Write the digest of each shard's rows, so that a fault can be traced to them."""
     digests = np.frombuffer(b"".join(bytes.fromhex(fact.data_sha256) for fact in facts), np.uint8).reshape(-1, 32)
     table = Layout({DIGESTS: ArraySpec((32,), "uint8")}, len(digests), len(digests))
     dataset, encoder = table.create(file, len(digests))[DIGESTS], Encoder(table)
     for row in range(0, len(digests), dataset.chunks[0]):
         write_chunk(dataset, row, *encoder.encode(DIGESTS, digests[row : row + dataset.chunks[0]]))
     encoder.close()
-    described = {**attributes, "format": FORMAT, "shard_size": layout.shard_size}
-    for name, value in sorted(described.items()):
-        # A text of fixed length: those of any length are kept where HDF5 has no checksums, and one changed byte
-        # there can have it go round in a circle for ever.
-        file.attrs[name] = np.bytes_(value.encode() or b"\0") if isinstance(value, str) else value
 
 
 def _gives_back(path: Path, layout: Layout, compared: Iterable[tuple[Shard, ShardFacts]]) -> bool:
