@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +25,15 @@ class Result:
     out: str
     err: str
     ran: list[str]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_log() -> None:
+    """Forget how a command in this process has set up its log, for a stream that may be closed by now."""
+    log = logging.getLogger("spray")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
 
 
 @pytest.fixture
