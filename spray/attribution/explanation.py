@@ -50,9 +50,9 @@ def explain(
         - `autocast` (torch.dtype): run the forward pass under autocast to this dtype.
 
         For LRP (see `spray.attribution.relevance.lrp`): `init`, `layer`, `start`, `condition`,
-        `relevance_dtype`, `fallback`, `sum_positions`, and the options of the composite: `epsilon`, `gamma`, `zero_bias`,
-        `addition`, `normalization`, and `low` and `high`, the bounds of the normalised input (numbers, one per
-        channel, or tensors that broadcast).
+        `relevance_dtype`, `fallback`, `sum_positions`, and the options of the composite: `epsilon`, `gamma`,
+        `zero_bias`, `addition`, `normalization`, and `low` and `high`, the bounds of the normalised input
+        (numbers, one per channel, or tensors that broadcast).
 
         Of the other methods:
 

@@ -12,7 +12,6 @@ from spray.attribution.registry import ATTRIBUTIONS
 from spray.attribution.target import Target, check_logits, class_indices, one_hot
 from spray.errors import UserError
 
-
 OnLogits = Callable[[Tensor], Any] | None
 
 
