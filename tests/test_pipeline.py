@@ -327,7 +327,7 @@ def test_plan_of_a_finished_run(run: Run) -> None:
     fresh = run.again("plan=true", run_dir=run.folder / "fresh")
     assert fresh.code == 0
     assert fresh.out.count("would run") == len(NAMES)
-    assert "min" in fresh.out
+    assert "attribution: about" in fresh.out
     assert not (run.folder / "fresh").exists()
 
 
