@@ -15,7 +15,6 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from distributed import get_worker
 from spray.errors import UserError
 from spray.pipelines.compute.base import Job, ShardResult
 from spray.pipelines.config import SprayConfig
+from spray.pipelines.context import Context
 from spray.storage import write_bytes
 from spray.store.shards import Shard, plan_shards
 
@@ -39,7 +39,8 @@ class Faulty:
         for shard in shards:
             note(self.job, f"run-{shard.number}-{os.getpid()}")
             start = time.monotonic()
-            self.fail(f"worker {get_worker().name}")
+            if self.threads is not None:
+                self.fail(f"worker {get_worker().name}")
             if self.fail(str(shard.number)):
                 continue
             time.sleep(self.job.config.get("seconds", 0))
@@ -96,18 +97,19 @@ def a_job(run_dir: Path, n: int = 40, shard_size: int = 4, **config: Any) -> tup
     job = Job({"device": "cpu", "faults": {}} | config, str(run_dir), "0" * 64, "images", "weights", shard_size)
     job.folder.mkdir(parents=True)
     (run_dir / "notes").mkdir()
-    return job, plan_shards(n, shard_size)
+    return job, plan_shards(n, shard_size) if n else []
 
 
-def a_context(run_dir: Path, **options: Any) -> Any:
+def a_context(run_dir: Path, **options: Any) -> Context:
     """Return what a backend needs of a context."""
     config = SprayConfig()
     config.compute.dashboard = ""
     for name, value in options.items():
         setattr(config.compute, name, value)
+    config.device = "cpu"
     log = logging.getLogger(f"spray.test.{run_dir.name}")
     log.setLevel(logging.INFO)
-    return SimpleNamespace(config=config, run_dir=run_dir, log=log, device=torch.device("cpu"))
+    return Context(config, run_dir, log)
 
 
 def files(job: Job) -> dict[str, bytes]:
