@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,25 @@ def test_hdf5_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             np.testing.assert_allclose(batch.numpy(), pixels[rows] / 255.0, atol=1e-7)
 
 
+def test_one_thread_at_a_time_uses_hdf5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, _ = arrays(write(tmp_path / "x.h5", images=images(), labels=LABELS))
+    lock, inside, most = threading.Lock(), 0, 0
+
+    def slow(self: h5py.Dataset, out: np.ndarray, source: slice, target: slice) -> None:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0.002)
+        with lock:
+            inside -= 1
+
+    monkeypatch.setattr(h5py.Dataset, "read_direct", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(train.batch, [np.arange(10)] * 20))
+    assert most == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_forked_process_opens_hdf5_anew(tmp_path: Path) -> None:
@@ -99,6 +120,7 @@ def test_a_forked_process_opens_hdf5_anew(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:  # pragma: no cover
         good = np.array_equal(train.batch(np.arange(10)).numpy(), expected)
+        good = good and train._source._process == os.getpid()
         os.write(writer, b"good" if good else b"bad")
         os._exit(0)
     os.waitpid(child, 0)
@@ -189,6 +211,14 @@ def test_mistakes_with_arrays(tmp_path: Path) -> None:
     objects = np.array([images()[0], None, 1, 2, 3, 4, 5, 6, 7, 8], dtype=object)
     path = write(tmp_path / "objects.npz", images=objects, labels=LABELS)
     assert "holds Python objects, which are not read" in refused(lambda: arrays(path))
+
+
+def test_parts_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.npz", images=images(), labels=LABELS)
+    test = write(tmp_path / "test.npz", images=images(shape=(3, 9, 9)), labels=LABELS)
+    assert "the training images are (3, 8, 8) (channels, height, width), the test images (3, 9, 9)" in refused(
+        lambda: build("arrays", train=train, test=test)
+    )
 
 
 def test_foreign_hdf5_is_refused(tmp_path: Path) -> None:

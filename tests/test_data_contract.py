@@ -173,6 +173,7 @@ def test_a_sample_that_cannot_be_read_is_known_when_it_is_used(kind: Kind, folde
     data = made(configuration, check=False)[0]
     assert len(data) == len(train[1])
     assert list(data.unreadable) == []
+    assert data.fingerprint != made(configuration)[0].fingerprint  # other samples
     with pytest.raises(UnreadableSampleError, match=r"dataset\.check=true leaves such images out") as caught:
         data.batch(np.array([3, BAD, 4]))
     assert caught.value.index == BAD

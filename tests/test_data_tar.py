@@ -182,6 +182,8 @@ def test_every_cut_and_every_damaged_header_is_noticed(tmp_path: Path) -> None:
         if length in starts:
             continue
         assert str(path) in refused(lambda: tar_index.scan(path, "label"))
+    path.write_bytes(whole[: members[2].offset_data + 9])
+    assert f"is cut off inside of '{members[2].name}'" in refused(lambda: tar_index.scan(path, "label"))
     for member in members:
         for at in (0, 60, 130, 150):  # name, text of the mode, size, sum
             damaged = bytearray(whole)
