@@ -33,6 +33,7 @@ class Faulty:
         self.job, self.threads = job, threads
         self.faults: dict[str, Any] = job.config["faults"]
         note(job, f"build-{os.getpid()}-{threads}-{torch.get_num_threads()}-{os.environ.get('OMP_NUM_THREADS')}")
+        note(job, f"device-{job.config['device']}-{os.environ.get('CUDA_VISIBLE_DEVICES', '').replace(',', '+')}")
         self.fail("build")
 
     def run_all(self, shards: Sequence[Shard]) -> Iterator[ShardResult]:
