@@ -84,7 +84,7 @@ def assemble(
     through = progress or _silent
     with disk_errors(path), replacing(path) as temporary:
         file = new_file(temporary)
-        with closing(file, temporary):
+        with closing(file):
             _describe(file, {**attributes, "key": key, "format": FORMAT, "shard_size": layout.shard_size})
             datasets = layout.create(file, layout.n)
             copied = through(shards, len(shards), "shards put together")

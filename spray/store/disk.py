@@ -60,15 +60,12 @@ def memory_file() -> h5py.File:
 
 
 @contextmanager
-def closing(file: h5py.File, path: Path) -> Iterator[None]:
-    """Close a new file; after an error its space is given back at once, since the file is of no use then."""
+def closing(file: h5py.File) -> Iterator[None]:
+    """Close a new file; where an error came before, HDF5 can fail to close it for the same reason."""
     try:
         yield
         file.close()
     except BaseException:
-        # HDF5 can fail to close the file, and keeps it open then; with nothing in it that costs nothing.
-        with suppress(OSError):
-            os.truncate(path, 0)
         with suppress(OSError, RuntimeError):
             file.close()
         raise

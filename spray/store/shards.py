@@ -116,7 +116,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             self._encoder = Encoder(self.layout)
             stack.callback(self._encoder.close)
             self._file = new_file(self._temporary, _BLOCK)
-            stack.enter_context(closing(self._file, self._temporary))
+            stack.enter_context(closing(self._file))
             self._datasets = self.layout.create(self._file, self.shard.size)
             self._stack = stack.pop_all()
         return self
