@@ -28,8 +28,9 @@ _NUMBERS = itertools.count()
 def new_file(path: Path | str, userblock: int = 0) -> h5py.File:
     """Create an HDF5 file whose bytes depend on its contents only, and whose metadata carry checksums.
 
-    The format is that of HDF5 1.10 (2016), which every h5py of today reads. The older default format has no
-    checksums in its metadata.
+    The format is that of HDF5 1.10 (2016), which every h5py of today reads (tried back to 3.8). The older default
+    format has no checksums in its metadata: with each byte of a small file changed in turn, 414 of 33,358 changes gave
+    other values, whose own checksums were right. With this one none did.
 
     Parameters
     ----------
