@@ -216,7 +216,7 @@ def test_mistakes_with_arrays(tmp_path: Path) -> None:
 def test_parts_of_other_sizes_are_refused(tmp_path: Path) -> None:
     train = write(tmp_path / "train.npz", images=images(), labels=LABELS)
     test = write(tmp_path / "test.npz", images=images(shape=(3, 9, 9)), labels=LABELS)
-    assert "the training images are (3, 8, 8) (channels, height, width), the test images (3, 9, 9)" in refused(
+    assert "the training images are 8×8 (3 channels), the test images 9×9 (3 channels); both must be" in refused(
         lambda: build("arrays", train=train, test=test)
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,3 +75,16 @@ def test_a_kept_folder_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     function = call(f"{tmp_path}/main.py:build", "key", {}, keep=True)
     assert sys.path == [*before, str(tmp_path)]
     assert function() == 4
+
+
+def test_a_changed_helper_of_the_model_is_noticed(spray: Any, tmp_path: Path) -> None:
+    code = "from torch import nn\ndef build(num_classes):\n    import helper_of_a_model\n"
+    write(
+        tmp_path, m=f"{code}    return nn.Sequential(nn.Flatten(), nn.Linear(36, num_classes))\n", helper_of_a_model=""
+    )
+    run = ("run_dir=run", "model.factory=m.py:build")
+    assert spray(*run).code == 0
+    assert spray(*run).ran == []
+    write(tmp_path, helper_of_a_model="X = 1")
+    again = spray(*run)
+    assert "train: recomputed because content of model.factory changed" in again.out

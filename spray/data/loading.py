@@ -214,7 +214,7 @@ def validate(train: ImageDataset, test: ImageDataset, options: DatasetOptions) -
         shapes = [
             f"{part.image_shape[1]}×{part.image_shape[2]} ({part.image_shape[0]} channels)" for part in (train, test)
         ]
-        raise UserError(f"the training images are {shapes[0]}, the test images {shapes[1]}; set dataset.image_size")
+        raise UserError(f"the training images are {shapes[0]}, the test images {shapes[1]}; both must be the same")
     for key, values in (("mean", options.mean), ("std", options.std)):
         if len(values) not in (1, channels):
             raise UserError(f"dataset.{key} has {len(values)} numbers; give 1 or {channels}, one for each channel")
