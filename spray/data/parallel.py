@@ -42,7 +42,7 @@ def cpu_count() -> int:
 
 
 def set_threads(n_threads: int | None) -> None:
-    """Set how many threads decode images in this process; None: as many as there are CPUs, at least 4."""
+    """Set how many threads decode images in this process; None: as many as there are CPUs, at least 2."""
     with _state.lock:
         _state.n_threads, _state.pool = n_threads, None
 
@@ -103,6 +103,6 @@ def quiet_pillow() -> Iterator[None]:
 def _pool() -> ThreadPoolExecutor:
     with _state.lock:
         if _state.pool is None:
-            n_threads = _state.n_threads or min(MAX_DECODERS, max(4, cpu_count()))
+            n_threads = _state.n_threads or min(MAX_DECODERS, max(2, cpu_count()))
             _state.pool = ThreadPoolExecutor(max_workers=n_threads, thread_name_prefix="spray-decode")
         return _state.pool
