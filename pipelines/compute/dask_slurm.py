@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,9 @@ def run(
         try:
             queue.submit()
         except BaseException:
-            queue.cluster.close(timeout=CLOSE_SECONDS)
+            # It complains of jobs that were never submitted.
+            with suppress(Exception):
+                queue.cluster.close(timeout=CLOSE_SECONDS)
             raise
         return queue.cluster
 
@@ -204,6 +207,8 @@ class Queue:
                         f"their logs are in {self.logs}"
                     )
             self.cluster.worker_spec.pop(name, None)
+            # The one that takes its place has a name of its own, since it may be on another machine.
+            self.cluster._i += 1
         self.submit()
 
 
