@@ -180,7 +180,7 @@ class Queue:
             # Such as for the number of jobs that a user may have; they are asked for again.
             self.log.warning("sbatch refuses %d of %d jobs: %s", len(refused), self.jobs, told)
             for name in refused:
-                del cluster.worker_spec[name]
+                self._drop(name)
 
     def heal(self, present: set[str]) -> None:
         """Replace jobs that are over, by their walltime or otherwise.
@@ -197,7 +197,7 @@ class Queue:
             return
         for name, workers in names.items():
             job_id = str(self.cluster.workers[name].job_id)
-            if workers or job_id in queued:
+            if workers or job_id in queued or name not in self.cluster.worker_spec:
                 continue
             if name not in self.joined:
                 self.failed_starts += 1
@@ -206,10 +206,13 @@ class Queue:
                         f"{self.failed_starts} Slurm jobs ended before a worker of theirs joined, at last {job_id}; "
                         f"their logs are in {self.logs}"
                     )
-            self.cluster.worker_spec.pop(name, None)
-            # The one that takes its place has a name of its own, since it may be on another machine.
-            self.cluster._i += 1
+            self._drop(name)
         self.submit()
+
+    def _drop(self, name: str) -> None:
+        """Let a job be over; the one that takes its place has a name of its own."""
+        self.cluster.worker_spec.pop(name, None)
+        self.cluster._i += 1
 
 
 def queued_jobs() -> set[str] | None:
