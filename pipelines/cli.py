@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from spray.errors import UserError
 from spray.pipelines.preemption import RESUME, Preempted, check, listening
-from spray.pipelines.sweeps import ENDS, JobEnd, Task, stop_local_jobs
+from spray.pipelines.sweeps import ENDS, JobEnd, Task, lost_job, missing_launcher, stop_local_jobs
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -64,10 +64,9 @@ def _main() -> int:
     except Exception as error:
         from spray.pipelines.mistakes import explain_mistake
 
-        line, code = explain_mistake(error), USER_ERROR
+        line, code = missing_launcher(error) or explain_mistake(error), USER_ERROR
         if line is None:
-            code = FAILED
-            line = _lost_job(error)
+            line, code = lost_job(error), FAILED
         if line is None:
             traceback.print_exc()
             line = f"{type(error).__name__}: {error}"
@@ -93,15 +92,6 @@ def _prepare(unique: str) -> None:
     _UNIQUE = unique
     register_resolvers()
     _log_to_terminal()
-
-
-def _lost_job(error: Exception) -> str | None:
-    """Return a line about a job that a launcher of Hydra's lost; None for any other error."""
-    if not type(error).__module__.startswith("submitit"):
-        return None
-    stop_local_jobs()
-    what = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"a job of the sweep ended before it could tell how: {what}; the same command goes on from here"
 
 
 def register_resolvers() -> None:

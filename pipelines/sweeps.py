@@ -106,6 +106,26 @@ class Task:
         self.prepare(self.unique)
 
 
+def missing_launcher(error: Exception) -> str | None:
+    """Return a line about a launcher that is not installed; None for any other error."""
+    from hydra.errors import MissingConfigException
+
+    if not isinstance(error, MissingConfigException) or "launcher/submitit_" not in (error.missing_cfg_file or ""):
+        return None
+    return (
+        "this launcher needs hydra-submitit-launcher: pip install 'spray-xai[slurm]'; without it: hydra/launcher=basic"
+    )
+
+
+def lost_job(error: Exception) -> str | None:
+    """Return a line about a job that a launcher lost, having stopped the others; None for any other error."""
+    if not type(error).__module__.startswith("submitit"):
+        return None
+    stop_local_jobs()
+    what = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"a job of the sweep ended before it could tell how: {what}; the same command goes on from here"
+
+
 def stop_local_jobs() -> None:
     """Interrupt the jobs that submitit's local launcher has started and would leave behind."""
     # Linux only; elsewhere they run to their end.
