@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,6 +43,9 @@ class Ends:
 
 
 ENDS = Ends()
+
+STOP_SECONDS = 30.0
+"""What the runs of a sweep have to end after an interrupt, with workers of theirs to stop."""
 
 
 class Arrival:
@@ -127,10 +131,29 @@ def lost_job(error: Exception) -> str | None:
 
 
 def stop_local_jobs() -> None:
-    """Interrupt the jobs that submitit's local launcher has started and would leave behind."""
-    # Linux only; elsewhere they run to their end.
-    for path in Path("/proc/self/task").glob("*/children"):
+    """Interrupt the jobs that submitit's local launcher has started and would leave behind; wait for their end."""
+    # The processes that start them would tell of the interrupt in many lines; they end when their jobs have.
+    for number, seconds in ((signal.SIGINT, STOP_SECONDS), (signal.SIGKILL, 1.0)):
+        jobs = _local_jobs(os.getpid())
+        for job in jobs:
+            with suppress(ProcessLookupError):
+                os.kill(job, number)
+        end = time.monotonic() + seconds
+        while jobs and time.monotonic() < end:
+            time.sleep(0.05)
+            jobs = _local_jobs(os.getpid())
+        if not jobs:
+            return
+
+
+def _local_jobs(parent: int) -> list[int]:
+    """Return the processes below `parent` that are jobs of submitit's; none where there is no /proc to tell."""
+    found = []
+    for path in Path(f"/proc/{parent}/task").glob("*/children"):
         with suppress(OSError):
-            for child in path.read_text().split():
-                if b"submitit.local._local" in Path("/proc", child, "cmdline").read_bytes():
-                    os.kill(int(child), signal.SIGINT)
+            for child in map(int, path.read_text().split()):
+                with suppress(OSError):
+                    if b"submitit.core._submit" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        found.append(child)
+                    found += _local_jobs(child)
+    return found

@@ -157,7 +157,7 @@ def test_the_launcher_has_to_be_installed(spray, monkeypatch):
     result = spray("--multirun", "hydra/launcher=slurm", "seed=0,1")
     assert result.code == 2
     assert result.err == (
-        "spray: error: this launcher needs hydra-submitit-launcher: pip install 'spray-xai[slurm]'; without it: "
+        "spray: error: this launcher needs hydra-submitit-launcher: pip install 'spray-xai[slurm]'; without: "
         "hydra/launcher=basic\n"
     )
 
@@ -191,6 +191,10 @@ def test_how_a_job_ended_arrives_by_unpickling(capsys):
 prepared: list[str] = []
 
 
+def prepare(unique: str) -> None:
+    prepared.append(unique)
+
+
 def a_job(config: dict, typed: list[str]) -> JobEnd:
     return JobEnd(0, 2, "the line")
 
@@ -198,7 +202,8 @@ def a_job(config: dict, typed: list[str]) -> JobEnd:
 def test_a_task_knows_where_it_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["spray", "seed=0,1"])
     ENDS.codes.clear()
-    task = Task(a_job, prepared.append, "token")
+    prepared.clear()
+    task = Task(a_job, prepare, "token")
     assert task({}) is None
     assert ENDS.codes == {0: 2}
     capsys.readouterr()
@@ -211,7 +216,7 @@ def test_a_task_knows_where_it_runs(monkeypatch, capsys):
     assert capsys.readouterr().err == "the line\n"
     monkeypatch.setattr(sys, "argv", ["spray", "plan=True"])
     with pytest.raises(UserError, match="plan=true"):
-        pickle.dumps(Task(a_job, prepared.append, "token"))
+        pickle.dumps(Task(a_job, prepare, "token"))
 
 
 def test_other_errors_are_no_lost_jobs():
