@@ -157,7 +157,7 @@ def test_the_launcher_has_to_be_installed(spray, monkeypatch):
     result = spray("--multirun", "hydra/launcher=slurm", "seed=0,1")
     assert result.code == 2
     assert result.err == (
-        "spray: error: this launcher needs hydra-submitit-launcher: pip install 'spray-xai[slurm]'; without: "
+        "spray: error: this launcher needs hydra-submitit-launcher: pip install 'spray-xai[slurm]'; without it: "
         "hydra/launcher=basic\n"
     )
 
