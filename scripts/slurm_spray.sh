@@ -72,6 +72,7 @@ if [ "$code" -eq 75 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
         exit "$code"
     fi
     echo "slurm_spray.sh: job $SLURM_JOB_ID is put back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    echo "slurm_spray.sh: Slurm does not take it back; submit the same command to go on" >&2
 fi
 exit "$code"

@@ -85,15 +85,22 @@ def test_codes_are_handed_on(node, code):
 
 def test_resume_me_puts_the_job_back(node):
     code, out, _ = node.run(spray="exit 75\n")
-    assert (code, node.requeued) == (75, ["requeue 17"])
+    assert (code, node.requeued) == (0, ["requeue 17"])
     assert "job 17 is put back" in out
+
+
+def test_slurm_does_not_take_it_back(node):
+    node.write("scontrol", "exit 1\n")
+    code, _, err = node.run(spray="exit 75\n")
+    assert code == 75
+    assert "submit the same command" in err
 
 
 def test_not_for_ever(node):
     code, _, err = node.run(spray="exit 75\n", SLURM_RESTART_COUNT="3", MOST_RESTARTS="3")
     assert (code, node.requeued) == (75, [])
     assert "restarted 3 times" in err
-    assert node.run(spray="exit 75\n", SLURM_RESTART_COUNT="2", MOST_RESTARTS="3")[0] == 75
+    assert node.run(spray="exit 75\n", SLURM_RESTART_COUNT="2", MOST_RESTARTS="3")[0] == 0
     assert node.requeued == ["requeue 17"]
 
 
@@ -108,7 +115,7 @@ def test_the_signal_is_passed_on_and_the_end_waited_for(node, number):
     wait_for((node.folder / "ready").exists)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75
+    assert process.returncode == 0
     assert out.splitlines()[0] == "ended"
     assert node.requeued == ["requeue 17"]
 
@@ -119,7 +126,7 @@ def test_signals_that_come_again_change_nothing(node):
     for _ in range(5):
         process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert (process.returncode, out.splitlines()[0], node.requeued) == (75, "ended", ["requeue 17"])
+    assert (process.returncode, out.splitlines()[0], node.requeued) == (0, "ended", ["requeue 17"])
 
 
 def test_a_signal_before_spray_could_take_one(node):
@@ -128,7 +135,7 @@ def test_a_signal_before_spray_could_take_one(node):
     wait_for((node.folder / "ready").exists)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert (process.returncode, node.requeued) == (75, ["requeue 17"])
+    assert (process.returncode, node.requeued) == (0, ["requeue 17"])
 
 
 def test_spray_that_is_killed_is_not_put_back(node):
@@ -170,7 +177,7 @@ def test_the_command_is_stopped_and_the_job_goes_on_by_itself(node):
     wait_for(lambda: is_running(node.folder / "run", "rank"))
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, node.requeued) == (75, ["requeue 17"])
+    assert (process.returncode, node.requeued) == (0, ["requeue 17"])
     assert "stopped by SIGTERM" in err
     process = node.start(*run, **environment, SLURM_RESTART_COUNT="1")
     out, err = process.communicate(timeout=120)

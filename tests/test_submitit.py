@@ -108,6 +108,29 @@ def test_failures_are_told_in_a_line_each_and_decide_the_exit_code(command, tmp_
 
 
 @pytest.mark.slow
+def test_the_plugins_own_launcher_and_the_module_as_a_command(data, tmp_path):
+    """Without this project's configuration of it; functions of `__main__` couldn't be sent by name."""
+    checkpoint = tmp_path / "nowhere.pt"
+    sweep = ["--multirun", "hydra/launcher=submitit_local", *data, "stages=[train]", "run_dir=out"]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "spray.pipelines.cli", *sweep, *options]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    said = run("seed=0,1")
+    assert said.returncode == 0, said.stderr
+    first, second = sorted(tmp_path.glob("out/*/model.pt"))
+    assert first.read_bytes() != second.read_bytes()
+    failed = run("seed=2,3", f"model.checkpoint={checkpoint}")
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines() == [
+        f"spray: error: job seed={seed}: model.checkpoint={checkpoint} cannot be read: No such file or directory"
+        for seed in (2, 3)
+    ]
+
+
+@pytest.mark.slow
 def test_the_default_folder_is_one_for_all_runs(command, tmp_path):
     """Its name has the time and a token in it, which each process would make anew."""
     code, _, _ = ended(command("--multirun", "hydra/launcher=local", "stages=[train]", "seed=0,1"))
