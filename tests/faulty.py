@@ -29,11 +29,15 @@ from spray.store.shards import Shard, plan_shards
 
 
 class Faulty:
+    """It can probe samples unless the job says `probes: False`."""
+
     def __init__(self, job: Job, threads: int | None) -> None:
         self.job, self.threads = job, threads
         self.faults: dict[str, Any] = job.config["faults"]
         note(job, f"build-{os.getpid()}-{threads}-{torch.get_num_threads()}-{os.environ.get('OMP_NUM_THREADS')}")
         note(job, f"device-{job.config['device']}-{os.environ.get('CUDA_VISIBLE_DEVICES', '').replace(',', '+')}")
+        if not job.config.get("probes", True):
+            self.probe = None  # type: ignore[assignment, method-assign]
         self.fail("build")
 
     def run_all(self, shards: Sequence[Shard]) -> Iterator[ShardResult]:
@@ -42,11 +46,18 @@ class Faulty:
             start = time.monotonic()
             if self.threads is not None:
                 self.fail(f"worker {get_worker().name}")
+            for index in range(shard.start, shard.stop):
+                self.fail(f"sample {index}")
             if self.fail(str(shard.number)):
                 continue
             time.sleep(self.job.config.get("seconds", 0))
             write_bytes(self.job.folder / shard.name, content(self.job, shard))
             yield ShardResult(shard.number, shard.size, time.monotonic() - start, 0, 0)
+
+    def probe(self, start: int, stop: int) -> None:
+        note(self.job, f"probe-{start}-{stop}-{os.getpid()}")
+        for index in range(start, stop):
+            self.fail(f"sample {index}")
 
     def fail(self, where: str) -> bool:
         """Do what is to go wrong there: "once KIND" only the first time; return whether the shard is passed over."""

@@ -13,8 +13,9 @@ import pytest
 from spray.errors import UserError
 from spray.pipelines.compute import dask_scheduling
 from spray.pipelines.compute.dask_common import QUIET, quiet_logs
+from spray.pipelines.compute.dask_parts import Crew, ShardsFailedError, Watch
 from spray.pipelines.compute.dask_progress import Progress
-from spray.pipelines.compute.dask_scheduling import Crew, Scheduling, ShardsFailedError
+from spray.pipelines.compute.dask_scheduling import Scheduling
 from spray.pipelines.compute.dask_worker import EXIT_SECONDS, here, is_hopeless, one_line
 from spray.store.shards import Shard
 
@@ -174,6 +175,24 @@ def test_a_shard_that_kills_workers_is_named_and_the_rest_goes_on(run):
     assert sorted(job.done) == [0, 1, 3, 4, 5]
 
 
+@pytest.mark.slow
+def test_samples_that_end_processes_are_found(run):
+    """By a process for each halving and two before that; the rest goes on."""
+    job = run(n=64, shard_size=16, faults={"sample 21": "kill"})
+    with pytest.raises(ShardsFailedError, match=r"1 of 4 shards .* shard 1 .*: the process that explains sample 21 is"):
+        job()
+    assert sorted(job.done) == [0, 2, 3]
+    assert job.scheduling.progress.losses.total() <= 1 + 2 + 5
+
+
+@pytest.mark.slow
+def test_where_workers_cannot_probe_a_deadly_shard_is_tried_as_often_as_any(run, monkeypatch):
+    job = run(n=8, shard_size=4, faults={"sample 5": "kill"}, probes=False)
+    with pytest.raises(ShardsFailedError, match=r"1 of 2 shards .* shard 1 \(samples 4 to 7\): its worker .* died"):
+        job()
+    assert job.scheduling.progress.losses.total() == 3
+
+
 def test_nothing_is_waited_for_where_nothing_can_be_built(run):
     start = time.monotonic()
     with pytest.raises(ShardsFailedError, match=r"no worker could build the model .*: ValueError: it broke"):
@@ -254,7 +273,7 @@ def test_stop_that_was_asked_for_is_seen_though_nothing_happens(run, monkeypatch
 
 def test_plugin_of_the_scheduler_is_taken_away(cluster, run):
     run()()
-    assert dask_scheduling.Watch.name not in cluster.scheduler.plugins
+    assert Watch.name not in cluster.scheduler.plugins
 
 
 def test_hopeless_errors():

@@ -12,7 +12,7 @@ from fake_slurm import FakeSlurm
 
 from spray.errors import UserError
 from spray.pipelines.compute import dask_scheduling, dask_slurm
-from spray.pipelines.compute.dask_scheduling import ShardsFailedError
+from spray.pipelines.compute.dask_parts import ShardsFailedError
 from spray.pipelines.compute.dask_slurm import CLOSING_SECONDS, job_script, lifetime_of, walltime_seconds
 
 HERE = {"host": "127.0.0.1"}

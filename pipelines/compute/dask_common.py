@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import dask
 
 from spray.pipelines.compute.base import Job, ShardResult, make_worker
-from spray.pipelines.compute.dask_scheduling import Crew, Scheduling
+from spray.pipelines.compute.dask_parts import Crew
+from spray.pipelines.compute.dask_scheduling import Scheduling
 from spray.pipelines.compute.dask_worker import Make
 from spray.storage import remove_leftovers
 from spray.store.shards import Shard

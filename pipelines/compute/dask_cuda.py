@@ -10,7 +10,7 @@ from spray.errors import UserError
 from spray.pipelines.compute.base import Job, ShardResult, make_worker
 from spray.pipelines.compute.dask_common import compute_on, cores, dashboard_options, thread_count, thread_variables
 from spray.pipelines.compute.dask_local import PATIENCE, log_file
-from spray.pipelines.compute.dask_scheduling import Crew
+from spray.pipelines.compute.dask_parts import Crew
 from spray.pipelines.compute.dask_worker import Make, here
 from spray.store.shards import Shard
 

@@ -15,21 +15,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-from distributed import Client, KilledWorker, SchedulerPlugin
+from distributed import Client, KilledWorker
 from distributed.comm import CommClosedError
 
 from spray.errors import UserError
 from spray.pipelines.compute.base import Job, ShardResult, make_worker
+from spray.pipelines.compute.dask_parts import Crew, Node, ShardsFailedError, Task, Watch, Work
 from spray.pipelines.compute.dask_progress import Progress
-from spray.pipelines.compute.dask_worker import TOPIC, Make, Setting, ShardPlugin, run_shards
+from spray.pipelines.compute.dask_search import Search
+from spray.pipelines.compute.dask_worker import TOPIC, Make, ShardPlugin, run_probe, run_shards
 from spray.pipelines.preemption import check
 from spray.store.shards import Shard
 
 ATTEMPTS = 3
 """So often is a shard tried, on different workers if there are any."""
+
+DEATHS = 2
+"""When a shard has ended so many workers, the sample that does it is looked for."""
 
 IN_A_ROW = 5
 """A worker that fails at so many shards, one after the other, gets no more."""
@@ -42,94 +46,6 @@ HEAL_SECONDS = 10.0
 
 # Its lines are for run.log.
 _details = logging.getLogger("distributed.spray")
-
-
-class ShardsFailedError(RuntimeError):
-    """Some shards could not be computed; all others are on disk."""
-
-
-@dataclass
-class Work:
-    """A shard that is not done yet.
-
-    Attributes
-    ----------
-    shard : Shard
-        The shard.
-    is_alone : bool
-        It was among several when a worker failed, so that it is tried by itself now.
-    reasons : list of str
-        Why it failed, each time that it was tried by itself.
-    avoided : set of str
-        The workers that failed at it.
-    """
-
-    shard: Shard
-    is_alone: bool = False
-    reasons: list[str] = field(default_factory=list)
-    avoided: set[str] = field(default_factory=set)
-
-
-@dataclass
-class Task:
-    """Shards that a worker has been given."""
-
-    address: str
-    works: list[Work]
-    future: Any
-
-
-@dataclass
-class Node:
-    """A worker process."""
-
-    name: str
-    host: str
-    task: int | None = None
-    is_leaving: bool = False
-
-
-@dataclass
-class Crew:
-    """What a kind of cluster says about its workers.
-
-    Attributes
-    ----------
-    setting : Setting
-        How they work.
-    logs : str
-        Where what they print is.
-    heal : callable or None
-        Asks for workers that were lost; it is told the names of those that are there.
-    patience : float or None
-        Seconds to wait for a worker while there is none; None: for ever, as in a batch system's queue.
-    """
-
-    setting: Setting
-    logs: str
-    heal: Callable[[set[str]], None] | None = None
-    patience: float | None = None
-
-
-class Watch(SchedulerPlugin):
-    """Passes what happens on the scheduler to the main thread."""
-
-    name = "spray-watch"
-
-    def __init__(self, events: queue.SimpleQueue[tuple[str, Any]]) -> None:
-        self.events = events
-
-    def add_worker(self, scheduler: Any, worker: str) -> None:
-        """Tell of a worker that joined."""
-        state = scheduler.workers[worker]
-        self.events.put(("joined", (worker, str(state.name), state.host)))
-
-    def log_event(self, topic: str, msg: Any) -> None:
-        """Tell of a worker that left, and pass on what workers say."""
-        if topic == TOPIC:
-            self.events.put(("told", msg))
-        elif topic == "all" and isinstance(msg, dict) and msg.get("action") == "remove-worker":
-            self.events.put(("left", (msg["worker"], bool(msg.get("expected")))))
 
 
 class Scheduling:
@@ -256,18 +172,11 @@ class Scheduling:
 
     def _submit(self, address: str, node: Node, works: list[Work]) -> None:
         number = self.last_task = self.last_task + 1
-        shards = [work.shard for work in works]
-        future = self.client.submit(
-            run_shards,
-            shards,
-            self.token,
-            number,
-            workers=[address],
-            key=f"{TOPIC}-{self.token}-{number}",
-            pure=False,
-            retries=0,
-        )
-        self.tasks[number] = Task(address, works, future)
+        part = works[0].search.next() if works[0].search is not None else None
+        call = (run_shards, [work.shard for work in works]) if part is None else (run_probe, *part)
+        key = f"{TOPIC}-{self.token}-{number}"
+        future = self.client.submit(*call, self.token, number, workers=[address], key=key, pure=False, retries=0)
+        self.tasks[number] = Task(address, works, future, part is not None)
         node.task = number
         future.add_done_callback(lambda ended: self.events.put(("over", (number, ended))))
 
@@ -285,6 +194,8 @@ class Scheduling:
             return
         elif what["kind"] == "done":
             self._done(what["task"], ShardResult(**what["result"]))
+        elif what["kind"] == "probed":
+            self._probed(what["task"], what["can_probe"])
         elif what["kind"] == "ended":
             if (task := self.tasks.get(what["task"])) and task.works:
                 self._fail(what["task"], _error("the worker ended without it"))
@@ -328,6 +239,7 @@ class Scheduling:
         node = self.nodes.pop(address, None)
         if node is None:
             return
+        was_probe = node.task is not None and self.tasks[node.task].is_probe
         works = self._end(node.task)[1] if node.task is not None else []
         if is_expected or node.is_leaving:
             return
@@ -335,7 +247,35 @@ class Scheduling:
         at = f"at {_range(works)}" if works else "idle"
         text = "lost worker %s on %s (%s), which was %s; its work is done again"
         self.progress.say(text, node.name, node.host, address, at, level=logging.WARNING)
-        self._blame(node, works, f"its worker ({node.name} on {node.host}) died")
+        if was_probe:
+            search = works[0].search if works else None
+            if search is not None:
+                search.died()
+                self._conclude(works[0])
+        else:
+            self._blame(node, works, f"its worker ({node.name} on {node.host}) died", is_death=True)
+
+    def _probed(self, number: int, can_probe: bool) -> None:
+        """Note that a worker outlived some samples of a shard that ended others."""
+        works = self._end(number)[1]
+        search = works[0].search if works else None
+        if search is None:
+            return
+        if not can_probe:
+            works[0].search = None
+            return
+        search.survived()
+        self._conclude(works[0])
+
+    def _conclude(self, work: Work) -> None:
+        """Fail a shard whose deadly samples are found; let it be tried as a whole again if there are none."""
+        if work.search is None or work.search.next() is not None:
+            return
+        found, work.search = work.search.culprits, None
+        if found:
+            self.waiting.remove(work)
+            named = ", ".join(map(str, found))
+            self._give_up(work, f"the process that explains sample {named} is ended by it; leave it out")
 
     def _over(self, number: int, future: Any) -> None:
         """Dask says that a task is over: what the worker told was told before, so that this is about failures."""
@@ -364,7 +304,7 @@ class Scheduling:
                 raise ShardsFailedError(f"no worker could build the model and read the data: {what['error']}")
         self._blame(node, works, what["error"])
 
-    def _blame(self, node: Node, works: list[Work], reason: str) -> None:
+    def _blame(self, node: Node, works: list[Work], reason: str, is_death: bool = False) -> None:
         """Note that a worker failed or died at these shards."""
         self.failed_in_a_row.setdefault(node.name, set())
         if len(works) > 1:
@@ -379,19 +319,24 @@ class Scheduling:
             work.is_alone = True
             work.reasons.append(reason)
             work.avoided.add(node.name)
+            work.deaths += is_death
             self.waiting.remove(work)
             if len(work.reasons) >= ATTEMPTS:
-                del self.left[work.shard.number]
-                self.failed[work.shard.number] = f"{_range([work])}: {reason}"
-            else:
-                self.waiting.append(work)
+                self._give_up(work, reason)
+                continue
+            self.waiting.append(work)
+            if is_death and work.deaths == DEATHS:
+                work.search = Search.of(work.shard.start, work.shard.stop)
 
-    def _give_up(self) -> None:
-        """Count all that is left as failed."""
+    def _give_up(self, work: Work, reason: str) -> None:
+        """Count a shard as failed."""
+        self.left.pop(work.shard.number, None)
+        self.failed[work.shard.number] = f"{_range([work])}: {reason}"
+
+    def _give_all_up(self) -> None:
         for work in self.waiting:
             reason = work.reasons[-1] if work.reasons else f"every worker failed at {IN_A_ROW} shards in a row"
-            self.failed[work.shard.number] = f"{_range([work])}: {reason}"
-        self.left.clear()
+            self._give_up(work, reason)
 
     def _is_bad(self, name: str) -> bool:
         """Say whether a worker gets no more work, since it fails at all that it is given."""
@@ -403,7 +348,7 @@ class Scheduling:
         if self.nodes:
             self.seen = now
             if all(self._is_bad(node.name) for node in self.nodes.values()):
-                self._give_up()
+                self._give_all_up()
         elif self.crew.patience is not None and now - self.seen > self.crew.patience:
             raise ShardsFailedError(f"no worker was there for {self.crew.patience:.0f} s; see {self.crew.logs}")
         if self.crew.heal is not None and self.waiting and now - self.healed > HEAL_SECONDS:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from spray.errors import UserError
 from spray.pipelines.compute.base import Job, ShardResult, make_worker
 from spray.pipelines.compute.dask_common import CLOSE_SECONDS, compute_on, dashboard_options, thread_variables
-from spray.pipelines.compute.dask_scheduling import Crew, ShardsFailedError
+from spray.pipelines.compute.dask_parts import Crew, ShardsFailedError
 from spray.pipelines.compute.dask_worker import Make, here
 from spray.store.shards import Shard
 

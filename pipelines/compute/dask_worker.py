@@ -108,6 +108,10 @@ class ShardPlugin(WorkerPlugin):
 
     def run(self, shards: Sequence[Shard]) -> Iterable[ShardResult]:
         """Compute shards with what was built for the first ones."""
+        return self.make_once().run_all(shards)
+
+    def make_once(self) -> RunsShards:
+        """Build model and data, or return what is there."""
         if self.built is None:
             job = self.job
             try:
@@ -119,11 +123,25 @@ class ShardPlugin(WorkerPlugin):
                 raise
             except Exception as error:
                 raise BuildError from error
-        return self.built.run_all(shards)
+        return self.built
 
 
 class BuildError(Exception):
     """Model or data could not be built; the cause says why."""
+
+
+def run_probe(start: int, stop: int, run: str, task: int) -> None:
+    """Explain samples in a worker and keep nothing, to see whether the process outlives it."""
+    worker = get_worker()
+    plugin: ShardPlugin = worker.plugins[PLUGIN]  # type: ignore[assignment]
+    can_probe = False
+    # What raises is not what ends the process.
+    with suppress(Exception):
+        probe = getattr(plugin.make_once(), "probe", None)
+        can_probe = probe is not None
+        if probe is not None:
+            probe(start, stop)
+    worker.log_event(TOPIC, {"kind": "probed", "can_probe": can_probe, "run": run, "task": task})
 
 
 def run_shards(shards: Sequence[Shard], run: str, task: int) -> None:
