@@ -65,13 +65,17 @@ def compute_on(
     """
     if not shards:
         return
+
+    def name_of(index: int) -> str:
+        return f"{index} ({context.train.names[index]})"
+
     with dask.config.set(QUIET | dict(settings or {})), quiet_logs(context.log):
         cluster = start()
         is_done = False
         try:
             if context.config.compute.dashboard:
                 tell_dashboard(cluster, context.log)
-            scheduling = Scheduling(cluster, crew, context.log, job, shards, on_done, make)
+            scheduling = Scheduling(cluster, crew, context.log, job, shards, on_done, make, name_of)
             scheduling.run()
             is_done = True
         finally:

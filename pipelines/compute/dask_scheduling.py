@@ -63,6 +63,8 @@ class Scheduling:
         As a backend takes them.
     make : callable
         Builds what computes the shards, in each worker.
+    name_of : callable
+        What a message calls a sample.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Scheduling:
         shards: Sequence[Shard],
         on_done: Callable[[ShardResult], None],
         make: Make = make_worker,
+        name_of: Callable[[int], str] = str,
     ) -> None:
         self.cluster, self.crew, self.on_done = cluster, crew, on_done
+        self.name_of = name_of
         self.client = Client(cluster, set_as_default=False)
         self.plugin = ShardPlugin(job, make, crew.setting)
         self.events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -274,7 +278,7 @@ class Scheduling:
         found, work.search = work.search.culprits, None
         if found:
             self.waiting.remove(work)
-            named = ", ".join(map(str, found))
+            named = ", ".join(map(self.name_of, found))
             self._give_up(work, f"the process that explains sample {named} is ended by it; leave it out")
 
     def _over(self, number: int, future: Any) -> None:
