@@ -12,6 +12,7 @@ import io
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def run(context: Context) -> dict[str, Any]:
     job = make_job(context, key, weights, 0)
     if (facts := _assembled(context, job)) is not None:
         return facts
-    job = make_job(context, key, weights, _planned_shard_size(context, job))
+    job = replace(job, shard_size=_planned_shard_size(context, job))
     shards = plan_shards(len(context.train), job.shard_size)
     missing = [shard for shard in shards if not _is_there(job, shard)]
     _tell(context, job, len(shards), len(missing))
@@ -79,16 +80,17 @@ class Tally:
         self.samples += result.size
         self.quarantined += result.quarantined
         self.empty += result.empty
-        self.check(self.quarantined)
+        check_share(self.context, self.quarantined)
 
-    def check(self, quarantined: int) -> None:
-        """Raise a UserError if so many are too many."""
-        share, n = self.context.config.attribution.max_bad, len(self.context.train)
-        if quarantined > share * n:
-            raise UserError(
-                f"{quarantined} of {n} samples could not be explained, more than attribution.max_bad={share} allows; "
-                f"the reasons stand in {self.context.run_dir / 'run.log'}; what is computed is kept"
-            )
+
+def check_share(context: Context, quarantined: int) -> None:
+    """Raise a UserError if so many samples that could not be explained are too many."""
+    share, n = context.config.attribution.max_bad, len(context.train)
+    if quarantined > share * n:
+        raise UserError(
+            f"{quarantined} of {n} samples could not be explained, more than attribution.max_bad={share} allows; "
+            f"the reasons stand in {context.run_dir / 'run.log'}; what is computed is kept"
+        )
 
 
 def _planned_shard_size(context: Context, job: Job) -> int:
@@ -152,7 +154,7 @@ def _facts(context: Context, results: Sequence[ShardFacts]) -> dict[str, Any]:
     n = len(context.train)
     quarantined = sum(len(result.quarantined) for result in results)
     empty = sum(int(result.facts["empty"]) for result in results)
-    Tally(context).check(quarantined)
+    check_share(context, quarantined)
     if empty:
         context.log.warning("%d of %d heatmaps are zero; they are left out of the clusters", empty, n)
     if quarantined:

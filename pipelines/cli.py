@@ -156,17 +156,16 @@ def _run_job(config: DictConfig, settings: Any) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from spray.pipelines.config import SprayConfig
+    from spray.pipelines.config import typed_config
     from spray.pipelines.mistakes import explain_mistake
     from spray.pipelines.stages import in_order, load
 
     try:
         # From plain values, since `+key=value` slips a key past the schema otherwise.
         plain = OmegaConf.to_container(config, resolve=True)
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SprayConfig), plain))
+        typed = typed_config(plain)
     except OmegaConfBaseException as error:
         raise UserError(explain_mistake(error)) from error
-    assert isinstance(typed, SprayConfig)
     if not typed.run_dir.strip():
         raise UserError("run_dir is empty; give a folder as run_dir=DIR or leave it out")
     asked = in_order(typed.stages)

@@ -166,6 +166,21 @@ class SprayConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
 
 
+def typed_config(plain: Any) -> SprayConfig:
+    """Return a plain, resolved configuration as the schema's dataclasses.
+
+    Raises
+    ------
+    omegaconf.errors.OmegaConfBaseException
+        For a key that the schema lacks, or a value of another type.
+    """
+    from omegaconf import OmegaConf
+
+    typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SprayConfig), plain))
+    assert isinstance(typed, SprayConfig)
+    return typed
+
+
 def register_schema() -> None:
     """Tell Hydra the schema that `conf/config.yaml` builds on."""
     from hydra.core.config_store import ConfigStore

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from spray.data.base import ImageDataset, Normalizer
 from spray.errors import UserError
+from spray.pipelines.live import LiveLine, clock_time
 
 if TYPE_CHECKING:
     from spray.pipelines.config import SprayConfig
@@ -119,7 +119,7 @@ class Context:
         from spray.pipelines.validate import find_target
 
         target = find_target(self.config.attribution.target, len(self.train.classes))
-        classes: int | Tensor | None = None if target == "prediction" else target  # type: ignore[assignment]
+        classes: int | Tensor | None = target if isinstance(target, int) else None
         if target == "label":
             classes = torch.from_numpy(np.asarray(labels, np.int64)).to(images.device)
         method, composite, options = self._attribution(images, layers=True)
@@ -205,7 +205,7 @@ class Context:
 
         Count, rate and time left stand in one line of a terminal; elsewhere a line is logged now and then.
         """
-        terminal = sys.stderr.isatty()
+        line = LiveLine()
         start = shown = time.monotonic()
         done = 0
 
@@ -213,23 +213,19 @@ class Context:
             nonlocal done, shown
             done += more
             now = time.monotonic()
-            if now - shown < (0.2 if terminal else LOG_SECONDS):
+            if now - shown < (0.2 if line.is_terminal else LOG_SECONDS):
                 return
             shown, rate = now, done / (now - start)
-            left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
-            text = f"{what}: {done}/{total}, {rate:.1f}/s, {left} left"
-            if terminal:
-                sys.stderr.write(f"\r{text}\x1b[K")
-                sys.stderr.flush()
+            text = f"{what}: {done}/{total}, {rate:.1f}/s, {clock_time((total - done) / rate)} left"
+            if line.is_terminal:
+                line.show(text)
             else:
                 self.log.info("%s", text)
 
         try:
             yield count
         finally:
-            if terminal:
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
+            line.clear()
 
 
 def find_device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from spray.bulk.batch_size import find_batch_size
 from spray.bulk.explainer import Explainer
 from spray.bulk.keeping import Keeping
 from spray.bulk.reading import read_ahead
-from spray.bulk.writing import Writer, WritingThread
+from spray.bulk.writing import Writer, WritingThread, Written
 from spray.errors import UserError
 from spray.storage import read_json, write_json
 from spray.store.layout import ArraySpec, Layout
@@ -94,15 +95,13 @@ def make_worker(job: Job, threads: int | None = None) -> ShardWorker:
     UserError
         If this machine sees other images or weights than the one that made the job.
     """
-    from omegaconf import OmegaConf
-
-    from spray.pipelines.config import SprayConfig
+    from spray.pipelines.config import typed_config
     from spray.pipelines.context import Context
     from spray.storage import sha256
 
     if threads is not None:
         torch.set_num_threads(threads)
-    config: SprayConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SprayConfig), job.config))  # type: ignore[assignment]
+    config = typed_config(job.config)
     context = Context(config, Path(job.run_dir), logging.getLogger("spray.worker"))
     if context.train.fingerprint != job.fingerprint:
         raise UserError(
@@ -139,12 +138,6 @@ class ShardWorker:
             context.device,
             int(options.max_bad * n),
         )
-        self._batch_size: int | None = None
-
-    def run(self, shard: Shard) -> ShardResult:
-        """Compute one shard, unless it is there already."""
-        (result,) = self.run_all([shard])
-        return result
 
     def run_all(
         self, shards: Sequence[Shard], on_rows: Callable[[int], None] = lambda n: None
@@ -174,13 +167,11 @@ class ShardWorker:
         for written in writing.finished():
             yield self._result(written, start)
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
         """Samples explained at once, by configuration or measured; a measurement stands for all of a run."""
-        if self._batch_size is None:
-            wanted = self.context.config.attribution.batch_size
-            self._batch_size = self._measured() if wanted == "auto" else int(wanted)
-        return self._batch_size
+        wanted = self.context.config.attribution.batch_size
+        return self._measured() if wanted == "auto" else int(wanted)
 
     def _measured(self) -> int:
         device = self.context.device
@@ -222,7 +213,7 @@ class ShardWorker:
             return None
         return ShardResult(shard.number, shard.size, 0.0, len(facts.quarantined), int(facts.facts["empty"]))
 
-    def _result(self, written: Any, start: float) -> ShardResult:
+    def _result(self, written: Written, start: float) -> ShardResult:
         seconds = time.monotonic() - start
         return ShardResult(written.shard.number, written.shard.size, seconds, written.quarantined, written.empty)
 

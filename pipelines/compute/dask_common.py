@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -15,7 +16,7 @@ import dask
 from spray.pipelines.compute.base import Job, ShardResult, make_worker
 from spray.pipelines.compute.dask_parts import Crew
 from spray.pipelines.compute.dask_scheduling import Scheduling
-from spray.pipelines.compute.dask_worker import Make
+from spray.pipelines.compute.dask_worker import Make, here
 from spray.storage import remove_leftovers
 from spray.store.shards import Shard
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 10.0
 """Longest wait for a cluster to close."""
+
+PATIENCE = 120.0
+"""Seconds in which workers of this machine have to be there."""
 
 QUIET = {
     # A dead worker's task is not run again by itself: this module decides.
@@ -143,6 +147,34 @@ def thread_count(threads: int | None, cores_per_worker: int) -> int:
         return threads
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores_per_worker, int(limit)) if limit.isdigit() and int(limit) else cores_per_worker
+
+
+def compute_here(
+    start: Callable[[], Any],
+    threads: int,
+    context: Context,
+    job: Job,
+    shards: Sequence[Shard],
+    on_done: Callable[[ShardResult], None],
+    make: Make,
+    device: str | None = None,
+) -> None:
+    """Have the shards computed by worker processes of this machine; see `compute_on`.
+
+    Parameters
+    ----------
+    threads : int
+        For arithmetic in each worker.
+    device : str, optional
+        What each worker computes on, if not what is configured.
+    """
+    # The variables have to be there before a worker's process starts.
+    settings = {"distributed.nanny.pre-spawn-environ": {"MALLOC_TRIM_THRESHOLD_": "65536", **thread_variables(threads)}}
+    log = Path(context.run_dir, "run.log").absolute()
+    # What workers of this machine print goes into the run's log, if there is one.
+    setting = here(threads=threads, device=device, log=str(log) if log.exists() else None)
+    crew = Crew(setting, str(context.run_dir / "run.log"), patience=PATIENCE)
+    compute_on(start, crew, context, job, shards, on_done, make, settings)
 
 
 def thread_variables(threads: int) -> dict[str, str]:

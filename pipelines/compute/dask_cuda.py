@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from spray.errors import UserError
 from spray.pipelines.compute.base import Job, ShardResult, make_worker
-from spray.pipelines.compute.dask_common import compute_on, cores, dashboard_options, thread_count, thread_variables
-from spray.pipelines.compute.dask_local import PATIENCE, log_file
-from spray.pipelines.compute.dask_parts import Crew
-from spray.pipelines.compute.dask_worker import Make, here
+from spray.pipelines.compute.dask_common import compute_here, cores, dashboard_options, thread_count
+from spray.pipelines.compute.dask_worker import Make
 from spray.store.shards import Shard
 
 if TYPE_CHECKING:
@@ -67,8 +65,5 @@ def run(
             device_memory_limit=0,
         )
 
-    settings = {"distributed.nanny.pre-spawn-environ": {"MALLOC_TRIM_THRESHOLD_": "65536", **thread_variables(threads)}}
     # Each sees all GPUs, its own first.
-    setting = here(threads=threads, device="cuda:0", log=log_file(context))
-    crew = Crew(setting, str(context.run_dir / "run.log"), patience=PATIENCE)
-    compute_on(start, crew, context, job, shards, on_done, make, settings)
+    compute_here(start, threads, context, job, shards, on_done, make, device="cuda:0")

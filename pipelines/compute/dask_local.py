@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spray.pipelines.compute.base import Job, ShardResult, make_worker
-from spray.pipelines.compute.dask_common import compute_on, cores, dashboard_options, thread_count, thread_variables
-from spray.pipelines.compute.dask_parts import Crew
-from spray.pipelines.compute.dask_worker import Make, here
+from spray.pipelines.compute.dask_common import compute_here, cores, dashboard_options, thread_count, thread_variables
+from spray.pipelines.compute.dask_worker import Make
 from spray.store.shards import Shard
 
 if TYPE_CHECKING:
     from spray.pipelines.context import Context
-
-PATIENCE = 120.0
-"""Seconds in which workers of this machine have to be there."""
 
 
 def run(
@@ -45,11 +40,7 @@ def run(
             env=thread_variables(threads),
         )
 
-    # The variables have to be there before a worker's process starts.
-    settings = {"distributed.nanny.pre-spawn-environ": {"MALLOC_TRIM_THRESHOLD_": "65536", **thread_variables(threads)}}
-    setting = here(threads=threads, log=log_file(context))
-    crew = Crew(setting, str(context.run_dir / "run.log"), patience=PATIENCE)
-    compute_on(start, crew, context, job, shards, on_done, make, settings)
+    compute_here(start, threads, context, job, shards, on_done, make)
 
 
 def default_workers(context: Context) -> int:
@@ -59,9 +50,3 @@ def default_workers(context: Context) -> int:
 
         return 1 if context.device.index is not None else max(1, torch.cuda.device_count())
     return max(1, cores() // 2)
-
-
-def log_file(context: Context) -> str | None:
-    """Return the run's log, which takes what workers of this machine print; None if there is none."""
-    path = Path(context.run_dir, "run.log").absolute()
-    return str(path) if path.exists() else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
+
+from spray.pipelines.live import LiveLine, clock_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,12 +42,11 @@ class Progress:
         self.start = self.told = clock()
         # When the first shard was there, and its samples: what came before is workers that start.
         self.first: tuple[float, int] | None = None
-        self.is_terminal = sys.stderr.isatty()
-        self._is_shown = False
+        self.line = LiveLine()
 
     def say(self, text: str, *arguments: object, level: int = logging.INFO) -> None:
         """Log a line of its own."""
-        self._clear()
+        self.line.clear()
         self.log.log(level, text, *arguments)
 
     def done(self, shard: Shard) -> None:
@@ -59,15 +59,13 @@ class Progress:
     def tick(self) -> None:
         """Tell how far it is, if it is time to."""
         now = self.clock()
-        if now - self.told < (TERMINAL_SECONDS if self.is_terminal else LOG_SECONDS):
+        if now - self.told < (TERMINAL_SECONDS if self.line.is_terminal else LOG_SECONDS):
             return
         self.told = now
-        if not self.is_terminal:
+        if self.line.is_terminal:
+            self.line.show(self.state(now))
+        else:
             self.log.info("%s", self.state(now))
-            return
-        sys.stderr.write(f"\r{self.state(now)}\x1b[K")
-        sys.stderr.flush()
-        self._is_shown = True
 
     def state(self, now: float) -> str:
         """Return how far it is: shards and samples done, rate, time left, workers."""
@@ -76,8 +74,7 @@ class Progress:
             start, before = self.first
             if self.samples_done > before and now > start:
                 rate = (self.samples_done - before) / (now - start)
-            seconds = round((self.samples - self.samples_done) / rate)
-            left = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+            left = clock_time((self.samples - self.samples_done) / rate)
         return (
             f"heatmaps: {self.samples_done}/{self.samples} in {self.shards_done}/{self.shards} shards, "
             f"{rate:.1f}/s, {left} left, {_count(self.workers, 'worker')}"
@@ -96,13 +93,7 @@ class Progress:
 
     def close(self) -> None:
         """Leave the terminal's line empty."""
-        self._clear()
-
-    def _clear(self) -> None:
-        if self._is_shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self._is_shown = False
+        self.line.clear()
 
 
 def _count(n: int, what: str) -> str:

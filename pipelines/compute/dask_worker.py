@@ -133,11 +133,10 @@ class BuildError(Exception):
 def run_probe(start: int, stop: int, run: str, task: int) -> None:
     """Explain samples in a worker and keep nothing, to see whether the process outlives it."""
     worker = get_worker()
-    plugin: ShardPlugin = worker.plugins[PLUGIN]  # type: ignore[assignment]
     can_probe = False
     # What raises is not what ends the process.
     with suppress(Exception):
-        probe = getattr(plugin.make_once(), "probe", None)
+        probe = getattr(_plugin(worker).make_once(), "probe", None)
         can_probe = probe is not None
         if probe is not None:
             probe(start, stop)
@@ -156,8 +155,7 @@ def run_shards(shards: Sequence[Shard], run: str, task: int) -> None:
         worker.log_event(TOPIC, message | {"run": run, "task": task})
 
     try:
-        plugin: ShardPlugin = worker.plugins[PLUGIN]  # type: ignore[assignment]
-        for result in plugin.run(shards):
+        for result in _plugin(worker).run(shards):
             tell(kind="done", result=asdict(result))
         tell(kind="ended")
     except Exception as error:
@@ -172,6 +170,12 @@ def run_shards(shards: Sequence[Shard], run: str, task: int) -> None:
         )
         # A new process takes its place: after some errors, such as those of CUDA, nothing works any more in this one.
         threading.Timer(EXIT_SECONDS, os._exit, (1,)).start()
+
+
+def _plugin(worker: Any) -> ShardPlugin:
+    """Return the plugin of this worker."""
+    plugin: ShardPlugin = worker.plugins[PLUGIN]
+    return plugin
 
 
 def is_hopeless(error: BaseException) -> bool:

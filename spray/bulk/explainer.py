@@ -111,10 +111,8 @@ class Explainer:
             relevance, logits = self.attribute(pixels, indices)
             arrays = kept_arrays(relevance, logits, self.keeping)
         except Exception as error:
-            if is_out_of_memory(error):
-                out_of_memory = True
-            else:
-                out_of_memory = False
+            out_of_memory = is_out_of_memory(error)
+            if not out_of_memory:
                 self._require_device(error)
                 if n == 1:
                     return [self._quarantine(int(indices[0]), error)]
@@ -132,7 +130,7 @@ class Explainer:
                 )
             self.limit = -(-n // 2)
             return self._split(indices, pixels, self.limit)
-        return self._split(indices, None if pixels is None else pixels, -(-n // 2))
+        return self._split(indices, pixels, -(-n // 2))
 
     def _split(self, indices: np.ndarray, pixels: Tensor | None, size: int) -> list[Rows]:
         pieces: list[Rows] = []

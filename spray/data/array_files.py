@@ -19,7 +19,7 @@ from spray.data.checking import Check
 from spray.data.decoded import DecodedDataset, hash_of
 from spray.data.decoding import UnreadableImageError, is_of_system
 from spray.data.items import unique
-from spray.data.listing import printable
+from spray.data.listed import printable
 from spray.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ import numpy as np
 
 from spray.data.decoded import DecodedDataset, hash_of
 from spray.data.decoding import decode
-from spray.data.listing import Listing, Names, class_folders, list_images, printable, remember_listing
+from spray.data.listed import Listing, Names, printable
+from spray.data.listing import class_folders, list_images, remember_listing
 from spray.errors import UserError
 
 __all__ = ["FolderDataset", "class_folders"]

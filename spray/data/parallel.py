@@ -24,6 +24,10 @@ SLOW_SECONDS = 50e-6
 
 class _State:
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew: neither threads nor who holds a lock survive a fork."""
         self.lock = threading.Lock()
         self.pool: ThreadPoolExecutor | None = None
         self.n_threads: int | None = None
@@ -32,8 +36,8 @@ class _State:
 
 
 _state = _State()
-if hasattr(os, "register_at_fork"):  # neither threads nor who holds a lock survive a fork
-    os.register_at_fork(after_in_child=_state.__init__)  # type: ignore[misc]
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_state.reset)
 
 
 def cpu_count() -> int:

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from spray.data.decoded import hash_of
 from spray.data.items import ItemDataset
-from spray.data.listing import printable
+from spray.data.listed import printable
 from spray.data.subset import even_sample
 from spray.errors import UserError
 from spray.factories import one_line

@@ -15,7 +15,7 @@ import numpy as np
 from spray.data.decoded import EncodedDataset, hash_of
 from spray.data.decoding import UnreadableImageError
 from spray.data.items import unique
-from spray.data.listing import printable
+from spray.data.listed import printable
 from spray.data.tar_index import UNLABELLED, Shard, index_shards
 from spray.errors import UserError
 

@@ -147,13 +147,17 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self._check(arrays)
         self.rows += len(next(iter(arrays.values())))
         with disk_errors(self.path):
-            self._write({name: np.concatenate([self._waiting[name], arrays[name]]) for name in self.layout.names})
+            self._write({name: self._with_waiting(name, arrays[name]) for name in self.layout.names})
 
     def quarantine(self, index: int, reason: str) -> None:
         """Note that sample `index` (in the dataset) could not be explained; its row is still to be appended."""
         if not self.shard.start <= index < self.shard.stop:
             raise ValueError(f"sample {index} is not in {self.shard}")
         self.quarantined[int(index)] = str(reason)
+
+    def _with_waiting(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Return rows behind those that wait; without such, which is so where each row fills a chunk, not copied."""
+        return np.concatenate([self._waiting[name], array]) if len(self._waiting[name]) else array
 
     def _check(self, arrays: Mapping[str, np.ndarray]) -> None:
         if set(arrays) != set(self.layout.arrays):
