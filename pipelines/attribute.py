@@ -89,7 +89,7 @@ def check_share(context: Context, quarantined: int) -> None:
     if quarantined > share * n:
         raise UserError(
             f"{quarantined} of {n} samples could not be explained, more than attribution.max_bad={share} allows; "
-            f"the reasons stand in {context.run_dir / 'run.log'}; what is computed is kept"
+            f"the first reasons stand in {context.run_dir / 'run.log'}; what is computed is kept"
         )
 
 

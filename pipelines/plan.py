@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from spray.bulk.batch_size import find_batch_size
+from spray.pipelines.compute import COMPUTES
 from spray.pipelines.compute.base import choose_shard_size, layout_of
 from spray.pipelines.record import Record
 from spray.pipelines.runner import decide, find_inputs
@@ -58,10 +60,10 @@ def print_plan(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
         shards = -(-len(train) // size)
         print(f"shards: {shards} of {size} samples, each computed again as a whole if it is interrupted")
         cost = attribution_cost(context, model, size)
-        workers = config.compute.n_workers or 1
+        devices = device_count(context)
         print(
-            f"attribution: about {duration(cost.seconds / workers)} on {context.device} in batches of "
-            f"{cost.batch_size} (measured on one), {config.compute.name}, {workers} worker{'s' * (workers > 1)}"
+            f"attribution: about {duration(cost.seconds / devices)} on {context.device} in batches of "
+            f"{cost.batch_size} (measured on one), {config.compute.name}" + f", {devices} such devices" * (devices > 1)
         )
         print(f"peak memory: about {human_bytes(cost.memory)} in each process")
         if config.compute.name == "dask_slurm":
@@ -131,6 +133,12 @@ def attribution_cost(context: Context, model: nn.Module, most: int) -> Cost:
         return Cost(seconds, torch.cuda.max_memory_allocated(device), batch_size)
     waiting = (context.config.compute.prefetch + 4) * batch_size * prod(context.train.image_shape) * 4
     return Cost(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + waiting, batch_size)
+
+
+def device_count(context: Context) -> int:
+    """Return on how many devices such as this process's the backend computes; workers share the cores of a machine."""
+    module = import_module(COMPUTES.get(context.config.compute.name))
+    return int(module.device_count(context)) if hasattr(module, "device_count") else 1
 
 
 def duration(seconds: float) -> str:

@@ -56,8 +56,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long for each number")
     parser.add_argument("--folder", type=Path, default="/dev/shm" if Path("/dev/shm").is_dir() else None)
     options = parser.parse_args()
-    print("| heatmap | in a chunk | filter | bytes per heatmap | share | write MB/s | heatmaps/s | read MB/s |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| heatmap | in a chunk | filter | bytes per heatmap | share | write MB/s | heatmaps/s | read MB/s | relevance lost |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for side in options.sides:
         model, x, box = (small if side == 32 else large)(options.samples)
         for name in options.composites:
@@ -65,10 +67,20 @@ def main() -> None:
             if options.sum:
                 relevance = relevance.sum(1, keepdims=True)
             for dtype in options.dtypes:
+                lost = relevance_lost(relevance, dtype)
                 for chunk in options.chunks:
                     for key in options.filters:
                         row = measure(relevance.astype(dtype), chunk, FILTERS[key], options.seconds, options.folder)
-                        print(f"| {side}², {name}, {dtype} | {chunk} | {key} | {row}", flush=True)
+                        print(f"| {side}², {name}, {dtype} | {chunk} | {key} | {row} {lost} |", flush=True)
+
+
+def relevance_lost(relevance: np.ndarray, dtype: str) -> str:
+    """Return the share of a heatmap's relevance that a dtype loses, and of its values that become zero: medians."""
+    kept = relevance.astype(dtype).astype(np.float32)
+    maps = range(len(relevance))
+    lost = [np.abs(kept[i] - relevance[i]).sum() / np.abs(relevance[i]).sum() for i in maps]
+    zeroed = [((kept[i] == 0) & (relevance[i] != 0)).sum() / (relevance[i] != 0).sum() for i in maps]
+    return f"{np.median(lost):.2%} ({np.median(zeroed):.0%} of the values become 0)"
 
 
 def small(samples: int | None) -> tuple[nn.Module, Tensor, dict[str, float]]:

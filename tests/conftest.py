@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from spray.pipelines import cli
+
+# What is remembered of folders is for each session of tests anew, and not the developer's own.
+os.environ["SPRAY_CACHE"] = tempfile.mkdtemp(prefix="spray-cache-")
 
 FAKES = Path(fakes.__file__)
 

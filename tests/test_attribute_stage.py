@@ -16,6 +16,7 @@ from spray import explain
 from spray.data.base import Normalizer
 from spray.data.folder import FolderDataset
 from spray.models.factory import call_factory
+from spray.pipelines.context import Context
 
 SIZES = {"coffee": 20, "stone": 21}
 ARGUMENTS = ["experiment=image_folder", f"dataset.image_size={small.SIDE}", "device=cpu", "model.epochs=1"]
@@ -129,6 +130,8 @@ def test_samples_that_cannot_be_read_are_passed_over_and_named(project: tuple[Pa
     rows = list(csv.DictReader((tmp_path / "run/quarantined.csv").open()))
     assert [(row["sample_index"], row["name"]) for row in rows] == [("3", "coffee/003.png"), ("40", "stone/020.png")]
     assert all("truncated" in row["reason"] for row in rows)
+    for index, name in ((3, "coffee/003.png"), (40, "stone/020.png")):
+        assert f"passed over sample {index} ({name}):" in said.out
     good = np.setdiff1d(np.arange(41), [3, 40])
     with (
         h5py.File(tmp_path / "run/attributions.h5") as file,
@@ -144,6 +147,35 @@ def test_samples_that_cannot_be_read_are_passed_over_and_named(project: tuple[Pa
     assert "2 of" in stopped.err
     assert "attribution.max_bad" in stopped.err
     assert not (tmp_path / "other/attributions.h5").exists()
+
+
+def test_a_worker_can_probe_samples_and_keeps_nothing(
+    project: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As scheduling does to find the sample that ends its process."""
+    import spray.pipelines.attribute as stage
+    from spray.pipelines.compute.base import Job, ShardWorker
+
+    probed: list[int] = []
+
+    def compute(context: Context, job: Job, shards: object, on_done: object) -> None:
+        worker = ShardWorker(context, job)
+        original = context.attribute
+        labels = np.asarray(context.train.labels)
+
+        def attribute(model: torch.nn.Module, images: torch.Tensor, of: np.ndarray) -> object:
+            probed.extend(of.tolist())
+            return original(model, images, of)
+
+        monkeypatch.setattr(context, "attribute", attribute)
+        worker.probe(17, 26)
+        assert probed == labels[17:26].tolist()
+        assert not list(job.folder.glob("*.h5"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "backend", lambda name: compute)
+    assert started(project, "probed").code == 130
+    assert len(probed) == 9
 
 
 def test_a_damaged_shard_is_computed_again(project: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

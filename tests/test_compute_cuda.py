@@ -18,6 +18,7 @@ from distributed import LocalCluster
 
 from spray.errors import UserError
 from spray.pipelines.compute import dask_cuda
+from spray.pipelines.compute.dask_cuda import device_count
 from spray.pipelines.compute.dask_worker import _own_device
 
 calls: list[dict[str, Any]] = []
@@ -57,6 +58,11 @@ def context(tmp_path, device: str = "auto", **options: Any) -> Any:
     made = faulty.a_context(tmp_path, **options)
     made.config.device = device
     return made
+
+
+def test_plan_counts_gpus(gpus, tmp_path):
+    assert device_count(context(tmp_path)) == 2
+    assert device_count(context(tmp_path, n_workers=1)) == 1
 
 
 def test_no_gpu(tmp_path, monkeypatch):

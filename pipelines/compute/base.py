@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 FOLDER = "shards"
 """In the run directory: a folder for each key, which holds the shards that were computed with it."""
 
+MOST_TOLD = 20
+"""Samples that could not be explained, named in the log of each process; all are in `quarantined.csv` in the end."""
+
 SHARD_BYTES, MOST_SAMPLES, FEWEST_SAMPLES = 64e6, 512, 16
 """A shard has about so many bytes, but at most and at least so many samples: what a kill can cost."""
 
@@ -138,6 +141,7 @@ class ShardWorker:
             context.device,
             int(options.max_bad * n),
         )
+        self._told = 0
 
     def run_all(
         self, shards: Sequence[Shard], on_rows: Callable[[int], None] = lambda n: None
@@ -159,13 +163,30 @@ class ShardWorker:
         start = time.monotonic()
         with WritingThread(self._open, np.asarray(self.context.train.labels, np.int64)) as writing:
             for read in read_ahead(self.context.train, parts, depth=compute.prefetch, pin=pin):
-                writing.put(read.tag, self.explainer.rows(read.indices, read.pixels))
+                rows = self.explainer.rows(read.indices, read.pixels)
+                self._tell(rows.quarantined)
+                writing.put(read.tag, rows)
                 on_rows(len(read.indices))
                 for written in writing.finished():
                     yield self._result(written, start)
                     start = time.monotonic()
         for written in writing.finished():
             yield self._result(written, start)
+
+    def probe(self, start: int, stop: int) -> None:
+        """Explain samples and keep nothing, to see whether the process outlives it."""
+        for at in range(start, stop, self.batch_size):
+            indices = np.arange(at, min(at + self.batch_size, stop))
+            self._attribute(self.context.train.batch(indices), indices)
+
+    def _tell(self, quarantined: Mapping[int, str]) -> None:
+        """Log why samples could not be explained; of many those that come first."""
+        for index, reason in quarantined.items():
+            self._told += 1
+            if self._told <= MOST_TOLD:
+                self.context.log.warning(
+                    "passed over sample %d (%s): %s", index, self.context.train.names[index], reason
+                )
 
     @cached_property
     def batch_size(self) -> int:

@@ -38,6 +38,13 @@ def check(context: Context) -> None:
         raise UserError(f"compute.n_workers={options.n_workers} is more than the {count} GPUs that there are")
 
 
+def device_count(context: Context) -> int:
+    """Return on how many GPUs the workers compute."""
+    import torch
+
+    return context.config.compute.n_workers or torch.cuda.device_count()
+
+
 def run(
     context: Context,
     job: Job,
@@ -47,11 +54,10 @@ def run(
 ) -> None:
     """Compute the shards by one process for each GPU."""
     check(context)
-    import torch
     from dask_cuda import LocalCUDACluster
 
     options = context.config.compute
-    n_workers = min(options.n_workers or torch.cuda.device_count(), max(1, len(shards)))
+    n_workers = min(device_count(context), max(1, len(shards)))
     threads = thread_count(options.threads, max(1, cores() // n_workers))
     context.log.info("starting %d workers, one for each GPU", n_workers)
 

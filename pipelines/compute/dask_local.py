@@ -43,6 +43,11 @@ def run(
     compute_here(start, threads, context, job, shards, on_done, make)
 
 
+def device_count(context: Context) -> int:
+    """Return on how many devices the workers compute: GPUs, or the one set of cores that they share."""
+    return (context.config.compute.n_workers or default_workers(context)) if context.device.type == "cuda" else 1
+
+
 def default_workers(context: Context) -> int:
     """Return how many workers there are unless configured: one for each GPU, or for each two cores."""
     if context.device.type == "cuda":

@@ -103,6 +103,12 @@ def job_script(context: Context) -> str:
     return script.replace(f"{os.sep}/{JOB_NAME}-", f"{folder}/{JOB_NAME}-")
 
 
+def device_count(context: Context) -> int:
+    """Return how many workers there are in all jobs; each has its share of a job's cores, or a GPU."""
+    options = context.config.compute.slurm
+    return int(options.get("jobs") or 1) * int(options.get("processes") or 1)
+
+
 def run(
     context: Context,
     job: Job,
