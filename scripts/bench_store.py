@@ -56,9 +56,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long for each number")
     parser.add_argument("--folder", type=Path, default="/dev/shm" if Path("/dev/shm").is_dir() else None)
     options = parser.parse_args()
-    print(
-        "| heatmap | in a chunk | filter | bytes per heatmap | share | write MB/s | heatmaps/s | read MB/s | relevance lost |"
-    )
+    columns = ("heatmap", "in a chunk", "filter", "bytes per heatmap", "share", "write MB/s", "heatmaps/s", "read MB/s")
+    print(f"| {' | '.join(columns)} | relevance lost |")
     print("|---|---|---|---|---|---|---|---|---|")
     for side in options.sides:
         model, x, box = (small if side == 32 else large)(options.samples)

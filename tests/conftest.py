@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from spray.pipelines import cli
 
 # What is remembered of folders is for each session of tests anew, and not the developer's own.
 os.environ["SPRAY_CACHE"] = tempfile.mkdtemp(prefix="spray-cache-")
+atexit.register(shutil.rmtree, os.environ["SPRAY_CACHE"], ignore_errors=True)
 
 FAKES = Path(fakes.__file__)
 

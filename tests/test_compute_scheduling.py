@@ -318,7 +318,7 @@ def test_progress_on_a_terminal_leaves_whole_lines(capsys, caplog):
     caplog.set_level(logging.INFO, LOG.name)
     clock = Clock()
     progress = Progress(LOG, 2, 20, clock)
-    progress.is_terminal = True
+    progress.line.is_terminal = True
     clock.now = 1.0
     progress.tick()
     shown = capsys.readouterr().err
