@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from spray.data.arrays import ArrayDataset
 from spray.data.planting import DEFAULTS, KINDS, PLACES, Plant, class_index, planted, planted_truth
@@ -84,7 +85,7 @@ def test_grey_images_get_the_luminance(kind: str) -> None:
     assert float(marked.max()) == pytest.approx(0.2125 + 0.5 * 0.7154, abs=1e-5)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "random"])
 @pytest.mark.parametrize("jitter", [0, 2, 16])
 def test_squares_lie_whole_in_the_image_within_the_jitter(place: str, jitter: int) -> None:
     made = plant(kind="box", place=place, jitter=jitter, size=6)
@@ -99,6 +100,22 @@ def test_squares_lie_whole_in_the_image_within_the_jitter(place: str, jitter: in
         assert found.max() == min(26, usual + jitter)
     if jitter:
         assert len(set(zip(tops.tolist(), lefts.tolist(), strict=True))) > 10
+
+
+@pytest.mark.parametrize("jitter", [0, 3])
+@pytest.mark.parametrize("shape", [(1, 12, 12), (3, 11, 14)])
+def test_a_random_place_is_uniform_over_all_positions(shape: tuple[int, int, int], jitter: int) -> None:
+    options = {"kind": "box", "class": 0, "place": "random", "size": 5, "jitter": jitter}
+    made = Plant.from_config(options, CLASSES, shape)
+    assert made is not None
+    n, height, width = 4000, shape[1] - 4, shape[2] - 4
+    _, opacity = made.mark(torch.zeros(n, *shape), list(range(n)))
+    assert (opacity.sum(dim=(1, 2)) == 25).all()
+    tops = opacity.amax(dim=2).argmax(dim=1).numpy()
+    lefts = opacity.amax(dim=1).argmax(dim=1).numpy()
+    counts = np.bincount(tops * width + lefts, minlength=height * width)
+    assert len(counts) == height * width, "no square leaves the image"
+    assert chisquare(counts).pvalue > 0.001
 
 
 def test_a_frame_is_as_thick_as_its_size_give_or_take_the_jitter() -> None:

@@ -19,7 +19,7 @@ from spray.data.plant_defaults import DEFAULTS
 from spray.errors import UserError
 from spray.registry import Registry
 
-PLACES = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
+PLACES = ("top_left", "top_right", "bottom_left", "bottom_right", "center", "random")
 
 
 class Marker(Protocol):
@@ -48,7 +48,8 @@ class Plant:
     seed : int
         Chooses the images and each image's jitter.
     place : str
-        One of `PLACES`; a frame ignores it.
+        One of `PLACES`; "random" means anywhere, each position as likely as any other, whatever the jitter. A frame
+        ignores it.
     size : int
         Side of the artifact (thickness of a frame) in pixels.
     jitter : int
@@ -236,6 +237,8 @@ def _corner(plant: Plant, shape: tuple[int, int, int], rng: np.random.Generator)
     """Return top and left of a square of the plant's size: its place, one pixel inside, with jitter."""
     _, height, width = shape
     free_y, free_x = height - plant.size, width - plant.size
+    if plant.place == "random":
+        return int(rng.integers(free_y + 1)), int(rng.integers(free_x + 1))
     vertical, _, horizontal = plant.place.partition("_")
     top = {"top": 1, "bottom": free_y - 1}.get(vertical, free_y // 2)
     left = {"left": 1, "right": free_x - 1}.get(horizontal, free_x // 2)
