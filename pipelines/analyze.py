@@ -1,106 +1,210 @@
-"""The third stage: SpRAy, the spectral clusters of each class's heatmaps."""
+"""The third stage: SpRAy, the spectral clusters of the heatmaps of each class or other group of samples."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import h5py
 import numpy as np
-import torch
+import psutil
 from threadpoolctl import threadpool_limits
 
-from spray.analysis import cluster, eigengap, heatmap_features, spectral_embedding
+from spray.analysis import cluster, eigengap, spectral_embedding
 from spray.analysis.clustering import spectral_rows
+from spray.analysis.preprocessing import Features, Preprocessing
+from spray.analysis.projection import project
+from spray.errors import UserError
+from spray.pipelines.analysis_options import clusterings_of, preprocessing_of, projections_of, source_array
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
 from spray.storage import hdf5_writer
 from spray.store import Attributions, open_attributions
+from spray.store.analyses import ALL, class_group, predicted_group
 
 FEWEST = 5
-"""A class with fewer heatmaps than this is not clustered: all its samples are one cluster."""
+"""A group with fewer heatmaps than this is not clustered: all its samples are one cluster."""
+
+MEMORY = 0.5
+"""Share of the free memory that the features of a group may take; their neighbour graph needs some as well."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that are analyzed together.
+
+    Attributes
+    ----------
+    name : str
+        Of its group in the file.
+    kind : str
+        As in `analysis.groups`.
+    title : str
+        For people.
+    index : ndarray of int64
+        The samples.
+    """
+
+    name: str
+    kind: str
+    title: str
+    index: np.ndarray
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write `analysis.h5`, a group for each class."""
-    classes, small = context.train.classes, []
-    shape = (len(context.train), None, None, None)
-    with (
-        open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions,
-        hdf5_writer(context.run_dir / "analysis.h5") as file,
-    ):
-        for c in context.progress(range(len(classes)), len(classes), "classes analyzed"):
-            index = np.flatnonzero(context.train.labels == c)
-            features = class_features(attributions, index, context.config.analysis.grid)
-            group = file.create_group(f"{c:08d}")
-            group.attrs["class_name"] = classes[c]
-            group["index"] = index.astype(np.uint32)
-            used = np.flatnonzero(features.any(axis=1))
-            if len(used) < FEWEST:
-                small.append(classes[c])
-                nowhere = np.zeros((len(index), 2))
-                _write(group, np.zeros(2), nowhere, nowhere if context.config.analysis.umap else None)
-                for k in context.config.analysis.n_clusters:
-                    group[f"cluster/kmeans-{k:02d}"] = np.zeros(len(index), dtype=np.int32)
-                continue
-            _analyze(context, group, features, used)
-    for name in small:
-        context.log.warning("class %r has fewer than %d heatmaps: too few to cluster", name, FEWEST)
-    return {"classes": len(classes), "too_small": small}
+    """Write `analysis.h5`, with the groups that `analysis.groups` asks for."""
+    options, small = context.config.analysis, []
+    preprocessing, source = preprocessing_of(options), source_array(options)
+    with open_attributions(
+        context.run_dir / "attributions.h5", shape=(len(context.train), *[None] * 3)
+    ) as attributions:
+        groups = list(_groups(context, attributions))
+        width = preprocessing.width(attributions.array(source).shape[1:])
+        _check_memory(max(len(group.index) for group in groups), width)
+        with hdf5_writer(context.run_dir / "analysis.h5") as file:
+            file.attrs.update(_recorded(context))
+            for group in context.progress(groups, len(groups), "groups analyzed"):
+                features = read_features(attributions, group.index, preprocessing, source)
+                at = file.create_group(group.name)
+                at.attrs["class_name"], at.attrs["kind"] = group.title, group.kind
+                at.attrs["used"] = int(features.used.sum())
+                _store(at, "index", group.index.astype(np.uint32))
+                if features.used.sum() < FEWEST:
+                    small.append(group.title)
+                    _write_small(context, at, len(group.index))
+                else:
+                    _analyze(context, at, features)
+    for title in small:
+        context.log.warning("%s has fewer than %d heatmaps: too few to cluster", title, FEWEST)
+    return {"groups": len(groups), "too_small": small}
+
+
+def read_features(
+    attributions: Attributions, index: np.ndarray, preprocessing: Preprocessing, source: str = "attribution"
+) -> Features:
+    """Put samples through the steps as they are read; the relevance is never in memory as a whole.
+
+    Parameters
+    ----------
+    attributions : Attributions
+        Open file.
+    index : ndarray of int
+        (n,): which samples; fastest where they ascend.
+    preprocessing : Preprocessing
+        The steps.
+    source : str
+        Name of the array: `attribution` or `layer/<module>`.
+
+    Returns
+    -------
+    Features
+        Of the n samples.
+
+    Raises
+    ------
+    UserError
+        If the file is damaged, or holds values that are not finite.
+    """
+    return preprocessing.features(partial(_finite_batches, attributions, index, source), len(index))
 
 
 def class_features(attributions: Attributions, index: np.ndarray, grid: int) -> np.ndarray:
-    """Return the heatmap features (n, d) of the samples at `index`, read in parts."""
-    parts = [heatmap_features(part.astype(np.float32), grid) for _, part in attributions.batches(index)]
-    return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+    """Return the features (n, d) of the samples at `index` after the default steps."""
+    return read_features(attributions, index, Preprocessing(grid=grid)).values
 
 
-def _analyze(context: Context, group: h5py.Group, features: np.ndarray, used: np.ndarray) -> None:
-    """Embed and cluster one class; samples without relevance are noise, at the origin of the embedding."""
+def _finite_batches(attributions: Attributions, index: np.ndarray, source: str) -> Iterator[np.ndarray]:
+    for rows, part in attributions.batches(index, name=source):
+        values = part.astype(np.float32, copy=False)
+        if not np.isfinite(values.sum()) and not np.isfinite(values).all():
+            bad = rows[~np.isfinite(values.reshape(len(values), -1)).all(axis=1)]
+            raise UserError(
+                f"{attributions.path} is damaged: row {bad[0]} of /{source} holds NaN or infinity; "
+                "delete it and start the run again, which computes it anew"
+            )
+        yield values
+
+
+def _groups(context: Context, attributions: Attributions) -> Iterator[Group]:
+    """Yield the groups of `analysis.groups`; samples that could not be explained belong to their class only."""
+    train, kinds = context.train, context.config.analysis.groups
+    labels = np.asarray(train.labels)
+    if "class" in kinds:
+        for c, name in enumerate(train.classes):
+            yield Group(class_group(c), "class", f"class {name!r}", np.flatnonzero(labels == c))
+    explained = np.flatnonzero(attributions.valid)
+    if "predicted" in kinds:
+        parts = [part.argmax(axis=1) for _, part in attributions.batches(explained, name="prediction")]
+        predicted = np.concatenate([np.zeros(0, np.int64), *parts])
+        for c, name in enumerate(train.classes):
+            if len(index := explained[predicted == c]):
+                yield Group(predicted_group(c), "predicted", f"predicted as {name!r}", index)
+    if "all" in kinds:
+        yield Group(ALL, "all", "all samples", explained)
+
+
+def _check_memory(n: int, width: int) -> None:
+    needed, free = 4 * n * width, int(psutil.virtual_memory().available * MEMORY)
+    if needed > free:
+        raise UserError(
+            f"analysis.steps leave {width} values of each of {n} samples, {needed / 1e9:.1f} GB, more than half of the "
+            f"free memory ({2 * free / 1e9:.1f} GB); add pool or pca, or analyze smaller groups"
+        )
+
+
+def _recorded(context: Context) -> dict[str, Any]:
+    """Return the options as the file keeps them: numbers and names as they are, lists as JSON."""
+    options = asdict(context.config.analysis)
+    plain = {key: json.dumps(value) if isinstance(value, list) else value for key, value in options.items()}
+    return plain | {"seed": context.config.seed}
+
+
+def _analyze(context: Context, at: h5py.Group, features: Features) -> None:
+    """Embed and cluster one group; samples without relevance are noise, at the origin of the embedding."""
     options, seed = context.config.analysis, context.config.seed
-    n = len(features)
-    eigenvalues, vectors = spectral_embedding(features[used], options.n_neighbors, options.n_components, seed)
-    embedding = np.zeros((n, vectors.shape[1]))
-    embedding[used] = vectors
-    plane = None
-    if options.umap:
-        plane = np.zeros((n, 2))
-        plane[used] = _umap(vectors, seed)
-    _write(group, eigenvalues, embedding, plane)
-    group.attrs["eigengap"] = eigengap(eigenvalues)
-    for k in options.n_clusters:
-        labels = np.full(n, -1, dtype=np.int32)
+    used = features.used
+    X = features.values if used.all() else features.values[used]
+    eigenvalues, vectors = spectral_embedding(X, options.n_neighbors, options.n_components, seed)
+    # Eigenvalues descend, as ViRelAy shows them, and so do the columns.
+    spectral = _store(at, "embedding/spectral", _spread(vectors[:, ::-1].astype(np.float32), used, 0))
+    spectral.attrs["eigenvalue"] = eigenvalues[::-1].astype(np.float32)
+    n_parts = at.attrs["eigengap"] = eigengap(eigenvalues)
+    for name in projections_of(options):
+        plane = project(vectors, name, seed).astype(np.float32)
+        _store(at, f"embedding/{name}", _spread(plane, used, 0)).attrs["embedding"] = "spectral"
+    for clustering in clusterings_of(options):
+        k = clustering.n_clusters or max(2, n_parts)
         # So little work is done sooner by one thread, by far where other jobs want the cores.
         with threadpool_limits(1):
-            labels[used] = cluster(spectral_rows(vectors, k), "kmeans", n_clusters=k, seed=seed)
-        dataset = group.create_dataset(f"cluster/kmeans-{k:02d}", data=labels)
+            labels = cluster(spectral_rows(vectors, k), clustering.method, **clustering.arguments(seed))
+        dataset = _store(at, f"cluster/{clustering.name}", _spread(labels.astype(np.int32), used, -1))
         dataset.attrs["embedding"], dataset.attrs["k"] = "spectral", k
+        dataset.attrs["options"] = json.dumps(clustering.options)
 
 
-def _write(group: h5py.Group, eigenvalues: np.ndarray, embedding: np.ndarray, plane: np.ndarray | None) -> None:
-    """Write the embeddings; eigenvalues descend, as ViRelAy shows them, and so do the columns."""
-    spectral = group.create_dataset("embedding/spectral", data=embedding[:, ::-1].astype(np.float32))
-    spectral.attrs["eigenvalue"] = eigenvalues[::-1].astype(np.float32)
-    if plane is not None:
-        group.create_dataset("embedding/umap", data=plane.astype(np.float32)).attrs["embedding"] = "spectral"
+def _write_small(context: Context, at: h5py.Group, n: int) -> None:
+    """Write what every group has, for one with too few samples to analyze."""
+    options = context.config.analysis
+    _store(at, "embedding/spectral", np.zeros((n, 2), np.float32)).attrs["eigenvalue"] = np.zeros(2, np.float32)
+    for name in projections_of(options):
+        _store(at, f"embedding/{name}", np.zeros((n, 2), np.float32)).attrs["embedding"] = "spectral"
+    for clustering in clusterings_of(options):
+        _store(at, f"cluster/{clustering.name}", np.zeros(n, np.int32))
 
 
-def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """Return a plane picture (n, 2) of the spectral embedding, which is also what UMAP starts from."""
-    from umap import UMAP
+def _spread(values: np.ndarray, used: np.ndarray, otherwise: int) -> np.ndarray:
+    """Return the rows of the used samples in their places among all."""
+    everywhere = np.full((len(used), *values.shape[1:]), otherwise, values.dtype)
+    everywhere[used] = values
+    return everywhere
 
-    n = len(vectors)
-    start = vectors[:, 1:3] if vectors.shape[1] >= 3 else np.pad(vectors, ((0, 0), (0, 2)))[:, :2]
-    scale = np.abs(start).max()
-    noise = np.random.default_rng(seed).normal(scale=1e-4, size=start.shape)
-    start = (10 * start / (scale if scale > 0 else 1) + noise).astype(np.float32)
-    threads = torch.get_num_threads()
-    try:
-        return UMAP(
-            n_neighbors=min(15, n - 1), init=start, random_state=seed, n_jobs=1, n_epochs=200 if n < 2000 else 100
-        ).fit_transform(vectors.astype(np.float32))
-    finally:
-        # Numba sets the number of OpenMP threads, which torch shares, and with it the rounding of what follows.
-        torch.set_num_threads(threads)
+
+def _store(at: h5py.Group, name: str, values: np.ndarray) -> h5py.Dataset:
+    """Write an array with checksums, so that damage is noticed by whoever reads it."""
+    return at.create_dataset(name, data=values, fletcher32=values.size > 0)
 
 
 STAGE = Stage(

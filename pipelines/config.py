@@ -92,14 +92,24 @@ class ComputeConfig:
 
 @dataclass
 class AnalysisConfig:
-    """Spectral relevance analysis of each class."""
+    """Spectral relevance analysis of groups of samples."""
 
+    # What is analyzed: `attribution`, the heatmaps, or an inner layer that attribution.layer stores.
+    source: str = "attribution"
+    # What makes heatmaps comparable, in this order: names of steps, or {name: value}, {name: {option: value}}.
+    steps: list[Any] = field(default_factory=lambda: ["sum", "pool", "normalize_sum"])
+    # What the step `pool` averages larger heatmaps down to, unless it says so itself.
+    grid: int = 16
     n_neighbors: int = 10
     n_components: int = 32
-    # Heatmaps larger than this are averaged down to it before they are compared.
-    grid: int = 16
+    # Which samples are analyzed together: those of a `class`, those `predicted` as one, `all`.
+    groups: list[str] = field(default_factory=lambda: ["class"])
+    # kmeans and agglomerative for each of n_clusters, dbscan, hdbscan; with options as those of steps.
+    clusterings: list[Any] = field(default_factory=lambda: ["kmeans"])
     n_clusters: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8])
+    # Pictures of the embedding.
     umap: bool = True
+    tsne: bool = False
 
 
 @dataclass
@@ -146,6 +156,16 @@ class ReportConfig:
 
 
 @dataclass
+class CompareConfig:
+    """With which other model this one is compared, when stage compare is asked for; one of the two."""
+
+    # The run_dir of a run of another model on the same data.
+    other: str | None = None
+    # A correction of this run's model, such as a_clarc.
+    correction: str | None = None
+
+
+@dataclass
 class SprayConfig:
     """The whole configuration."""
 
@@ -164,6 +184,7 @@ class SprayConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 def typed_config(plain: Any) -> SprayConfig:

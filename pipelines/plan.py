@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from spray.bulk.batch_size import find_batch_size
+from spray.pipelines.analysis_options import clusterings_of, projections_of
 from spray.pipelines.compute import COMPUTES
 from spray.pipelines.compute.base import choose_shard_size, layout_of
 from spray.pipelines.record import Record
@@ -91,7 +92,8 @@ def written_bytes(context: Context, stages: Sequence[str], model: nn.Module) -> 
     if "attribute" in stages:
         sizes["attributions.h5"] = n * layout_of(context, n, model).bytes_per_row
     if "analyze" in stages:
-        sizes["analysis.h5"] = n * 4 * (1 + analysis.n_components + 2 * analysis.umap + len(analysis.n_clusters))
+        columns = 1 + analysis.n_components + 2 * len(projections_of(analysis)) + len(clusterings_of(analysis))
+        sizes["analysis.h5"] = len(analysis.groups) * n * 4 * columns
     if "isolate" in stages:
         most = min(context.config.isolate.candidates, context.config.isolate.per_class * len(train.classes))
         sizes["artifacts/"] = most * n * 16

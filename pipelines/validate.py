@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spray.bulk.keeping import DTYPES
+from spray.bulk.keeping import DTYPES, kept_arrays
 from spray.errors import UserError
+from spray.pipelines.analysis_options import check_analysis, check_shapes
 from spray.pipelines.compute import COMPUTES
 from spray.store.layout import COMPRESSIONS
 
@@ -74,13 +75,15 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
         if (value := _value(config, key)) not in allowed:
             raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
     check_attribution(config)
-    counts = config.analysis.n_clusters
-    if not counts or min(counts) < 2:
-        raise UserError(f"analysis.n_clusters={counts} is out of range; give numbers of at least 2, such as [2,4,8]")
+    check_analysis(config, stages)
     if "correct" in stages and config.correction.methods:
         from spray.correction import check_methods
 
         check_methods(config.correction.methods)
+    if "compare" in stages:
+        from spray.pipelines.compare import check
+
+        check(config)
 
 
 def check_attribution(config: SprayConfig) -> None:
@@ -137,7 +140,12 @@ def try_out(context: Context, stages: Collection[str]) -> None:
     check_model(model, images, n_classes)
     if "attribute" in stages:
         find_target(context.config.attribution.target, n_classes)
-        context.attribute(model, images, np.zeros(2))
+        relevance, logits = context.attribute(model, images, np.zeros(2))
+        if "analyze" in stages:
+            from spray.pipelines.compute.base import keeping_of
+
+            kept = kept_arrays(relevance, logits, keeping_of(context.config))
+            check_shapes(context.config, {name: values.shape[1:] for name, values in kept.items()})
         check_backend(context)
     if "correct" in stages and "p_clarc" in context.config.correction.methods:
         from spray.correction.projection import output_layer
