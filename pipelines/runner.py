@@ -33,7 +33,7 @@ from spray.storage import remove_leftovers, sha256
 if TYPE_CHECKING:
     from spray.pipelines.context import Context
 
-RESULT_FORMAT = 3
+RESULT_FORMAT = 4
 """Raised when a stage's results change though no setting does: older ones are then computed again."""
 
 
@@ -119,7 +119,7 @@ def decide(
 
 
 def find_inputs(context: Context) -> dict[str, str]:
-    """Return the hashes of what comes from outside of the configuration: images, the user's code, weights."""
+    """Return the hashes of what comes from outside: images, the user's code, weights, another run."""
     inputs = {"dataset.train": context.train.fingerprint, "dataset.test": context.test.fingerprint}
     model = context.config.model
     if model.checkpoint is not None:
@@ -129,6 +129,10 @@ def find_inputs(context: Context) -> dict[str, str]:
         hashes = {name: _hash_file(str(path), key) for name, path in files(factory).items()} if factory else {}
         if hashes:
             inputs[key] = next(iter(hashes.values())) if len(hashes) == 1 else digest(hashes)
+    if context.config.compare.other is not None:
+        from spray.pipelines.other_run import content_hashes
+
+        inputs["compare.other"] = digest(content_hashes(Path(context.config.compare.other)))
     return inputs
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -14,19 +14,9 @@ from spray.errors import UserError
 from spray.storage import replacing
 from spray.store.disk import Encoder, closing, disk_errors, new_file
 from spray.store.layout import DIGESTS, ArraySpec, Layout
-from spray.store.shards import (
-    DamagedShardError,
-    Shard,
-    ShardFacts,
-    chunks,
-    join,
-    open_shard,
-    rows_sha256,
-    update,
-    write_chunk,
-)
+from spray.store.shards import Shard, ShardFacts, read_shard, rows_sha256, shard_chunks, write_chunk
 
-FORMAT = "spray attributions 1"
+FORMAT = "spray attributions 2"
 
 Progress = Callable[[Iterable[Shard], int, str], Iterable[Shard]]
 
@@ -42,8 +32,8 @@ def assemble(
 ) -> list[ShardFacts]:
     """Write the file of attributions from its shards; the shards stay.
 
-    Chunks are copied as they are stored, hashed on the way and compared with what the shards say. Then the
-    new file is read back from the disk and compared once more. Only after that it appears at `path`.
+    Chunks are copied as they are stored, out of shards whose SHA-256 was compared. Then the new file is read back
+    from the disk and its chunks compared with those of the shards. Only after that it appears at `path`.
 
     Parameters
     ----------
@@ -88,7 +78,11 @@ def assemble(
             _describe(file, {**attributes, "key": key, "format": FORMAT, "shard_size": layout.shard_size})
             datasets = layout.create(file, layout.n)
             copied = through(shards, len(shards), "shards put together")
-            facts = [_copy(folder / shard.name, shard, key, layout, datasets) for shard in copied]
+            facts = []
+            for shard, fact in _verified(lambda each: read_shard(folder / each.name, each, key, layout), copied):
+                for chunk in shard_chunks(folder / shard.name, shard, layout):
+                    write_chunk(datasets[chunk.name], chunk.row, chunk.mask, chunk.raw)
+                facts.append(fact)
             _write_digests(file, facts)
         _forget(temporary)
         compared = zip(through(shards, len(shards), "shards compared"), facts, strict=True)
@@ -100,24 +94,16 @@ def assemble(
     return facts
 
 
-def _copy(path: Path, shard: Shard, key: str, layout: Layout, to: Mapping[str, h5py.Dataset]) -> ShardFacts:
-    digests = {name: hashlib.sha256() for name in layout.names}
-    with open_shard(path, shard, key, layout) as (datasets, facts):
-        for name, digest in digests.items():
-            rows = to[name].chunks[0]
-            for number, (mask, raw) in enumerate(_read(path, datasets[name])):
-                update(digest, mask, raw)
-                write_chunk(to[name], shard.start + number * rows, mask, raw)
-    if join(digests.values()) != facts.data_sha256:
-        raise DamagedShardError(path, "changed while it was read")
-    return facts
-
-
-def _read(path: Path, dataset: h5py.Dataset) -> Iterator[tuple[int, bytes]]:
-    try:
-        yield from chunks(dataset)
-    except (OSError, RuntimeError) as error:
-        raise DamagedShardError(path, f"can't be read: {error}") from None
+def _verified(read: Callable[[Shard], ShardFacts], shards: Iterable[Shard]) -> Iterator[tuple[Shard, ShardFacts]]:
+    """Verify each shard in a thread of its own, while the one before it is copied."""
+    with ThreadPoolExecutor(1, thread_name_prefix="spray-verify") as pool:
+        coming: tuple[Shard, Future[ShardFacts]] | None = None
+        for shard in shards:
+            ready, coming = coming, (shard, pool.submit(read, shard))
+            if ready is not None:
+                yield ready[0], ready[1].result()
+        if coming is not None:
+            yield coming[0], coming[1].result()
 
 
 def _describe(file: h5py.File, attributes: Mapping[str, str | int | float]) -> None:

@@ -151,16 +151,6 @@ class Layout:
         return datasets
 
 
-def describe(dataset: h5py.Dataset) -> tuple[Any, ...]:
-    """Return all that decides what a dataset's stored bytes mean, for comparing two datasets."""
-    properties = dataset.id.get_create_plist()
-    filters = tuple(properties.get_filter(i)[:3:2] for i in range(properties.get_nfilters()))
-    kind = dataset.id.get_type()
-    # NumPy's dtype alone would let pass a float with another exponent or bit order.
-    exact = kind.equal(h5py.h5t.py_create(dataset.dtype, logical=True))
-    return dataset.shape, dataset.maxshape, dataset.dtype.str, exact, dataset.chunks, filters
-
-
 def _untimed_group(parent: h5py.Group, name: str) -> h5py.Group:
     properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
     properties.set_obj_track_times(False)

@@ -1,30 +1,39 @@
 """Shards: the parts that a file of attributions is computed in. Each is a file that is whole or not there.
 
-A shard is an HDF5 file behind a block of 512 bytes that holds its range, its key and a SHA-256 of all its
-bytes. That is compared before HDF5, which doesn't check what it follows in a file, gets to see any of them.
+A block of 512 bytes tells its range, its key and a SHA-256 of all its bytes. The chunks of the final file follow, as
+HDF5 stores them, each behind its place, and at the end what else there is to know. No byte of it is looked at before
+the SHA-256 was compared, and each is hashed once when it is written and once when it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 
 from spray.storage import replacing
-from spray.store.disk import Encoder, closing, disk_errors, memory_file, new_file
-from spray.store.layout import Layout, describe
+from spray.store.disk import Encoder, disk_errors
+from spray.store.layout import Layout
 
-FORMAT = "spray shard 1"
+FORMAT = "spray shard 2"
 _BLOCK, _HEADER = 512, 448
-"""Bytes of the block before the HDF5 file and of the text in it; a SHA-256 in hexadecimal is the rest."""
+"""Bytes of the block at the start and of the text in it; a SHA-256 in hexadecimal is the rest."""
+
+_CHUNK = struct.Struct("<HIQ")
+"""What comes before a chunk: the array's number among the sorted names, which filters were skipped, its bytes."""
+
+_LENGTH = struct.Struct("<Q")
+"""The last bytes of a file: the length of the text before them."""
 
 
 class DamagedShardError(Exception):
@@ -85,6 +94,21 @@ class ShardFacts:
     data_sha256: str
 
 
+@dataclass(frozen=True)
+class StoredChunk:
+    """A chunk of the final file: its array and first row in the dataset, which filters were skipped, its bytes."""
+
+    name: str
+    row: int
+    mask: int
+    raw: bytes
+
+    def update(self, digest: Any, number: int) -> None:
+        """Add it to a hash, with its array's number and its length, so that borders count too."""
+        digest.update(_CHUNK.pack(number, self.mask, len(self.raw)))
+        digest.update(self.raw)
+
+
 def plan_shards(n: int, shard_size: int) -> list[Shard]:
     """Cut `n` samples into shards of `shard_size`; only the last one may have fewer.
 
@@ -105,19 +129,20 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self.path, self.shard, self.key, self.layout, self.facts = Path(path), shard, key, layout, dict(facts)
         self.rows = 0
         self.quarantined: dict[int, str] = {}
+        self._numbers = {name: number for number, name in enumerate(layout.names)}
         self._chunk = {name: layout.rows_per_chunk(spec) for name, spec in layout.arrays.items()}
         self._written = dict.fromkeys(layout.names, 0)
-        self._digests = {name: hashlib.sha256() for name in layout.names}
+        self._digest = hashlib.sha256()
         self._waiting = {name: np.empty((0, *spec.shape), spec.stored) for name, spec in layout.arrays.items()}
 
     def __enter__(self) -> ShardWriter:
         with disk_errors(self.path), ExitStack() as stack:
-            self._temporary = stack.enter_context(replacing(self.path))
+            temporary = stack.enter_context(replacing(self.path))
             self._encoder = Encoder(self.layout)
             stack.callback(self._encoder.close)
-            self._file = new_file(self._temporary, _BLOCK)
-            stack.enter_context(closing(self._file))
-            self._datasets = self.layout.create(self._file, self.shard.size)
+            # Without a buffer, so that closing it after an error has nothing left to write.
+            self._file = stack.enter_context(temporary.open("xb", buffering=0))
+            _write(self._file, bytes(_BLOCK))
             self._stack = stack.pop_all()
         return self
 
@@ -186,24 +211,33 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             self._written[name] = last
             # A copy, so that a few rows don't keep the whole batch in memory.
             self._waiting[name] = array[last - at :].copy()
-        for stop, name, part in sorted(ready, key=lambda each: each[:2]):
+        for _, name, part in sorted(ready, key=lambda each: each[:2]):
             mask, raw = self._encoder.encode(name, part)
-            write_chunk(self._datasets[name], stop - len(part), mask, raw)
-            update(self._digests[name], mask, raw)
+            self._put(_CHUNK.pack(self._numbers[name], mask, len(raw)))
+            self._put(raw)
+
+    def _put(self, raw: bytes) -> None:
+        _write(self._file, raw)
+        self._digest.update(raw)
 
     def _finish(self) -> None:
-        """Describe the data, then the file: what closes it can't be written by HDF5, since it covers HDF5's bytes."""
+        """Write what else there is to know, then the block at the start, whose SHA-256 covers everything."""
         if self.rows != self.shard.size:
             raise ValueError(f"{self.shard} has {self.shard.size} rows, but got {self.rows}")
-        data = join(self._digests[name] for name in self.layout.names)
-        head = _head(self.shard, self.key, self.facts, self.quarantined, data)
-        for name, value in head.items():
-            self._file.attrs[name] = value
-        self._file.attrs["sha256"] = _digest(head)
-        self._file.close()
+        text = json.dumps(
+            {
+                "layout": _layout_text(self.layout),
+                "facts": self.facts,
+                "quarantined": {str(index): self.quarantined[index] for index in sorted(self.quarantined)},
+                "data": self._digest.hexdigest(),
+            }
+        ).encode()
+        self._put(text)
+        self._put(_LENGTH.pack(len(text)))
         header = _block(self.shard, self.key)
-        with self._temporary.open("r+b") as raw:
-            raw.write(header + _rest_sha256(raw, header))
+        self._digest.update(header)
+        self._file.seek(0)
+        _write(self._file, header + self._digest.hexdigest().encode())
 
 
 def shard_writer(
@@ -247,14 +281,50 @@ def read_shard(path: Path, shard: Shard, key: str, layout: Layout) -> ShardFacts
         If the file is missing, can't be read, was changed since it was written, or belongs to another shard,
         key or layout.
     """
-    with open_shard(path, shard, key, layout) as (datasets, facts):
-        try:
-            found = rows_sha256(datasets)
-        except (OSError, RuntimeError) as error:
-            raise DamagedShardError(path, f"can't be read: {error}") from None
-        if found != facts.data_sha256:
-            raise DamagedShardError(path, "contradicts itself")
-        return facts
+    path = Path(path)
+    if not path.is_file():
+        raise DamagedShardError(path, "is missing")
+    with _reading(path), path.open("rb") as raw:
+        block = raw.read(_BLOCK)
+        header = _parse(path, block)
+        if (header.start, header.stop) != (shard.start, shard.stop):
+            found, wanted = f"{header.start} to {header.stop - 1}", f"{shard.start} to {shard.stop - 1}"
+            raise DamagedShardError(path, f"holds samples {found}, not {wanted}")
+        if header.key != key:
+            raise DamagedShardError(path, "was computed with other settings")
+        digest = hashlib.sha256()
+        while part := raw.read(1 << 20):
+            digest.update(part)
+        digest.update(block[:_HEADER])
+        if digest.hexdigest().encode() != block[_HEADER:]:
+            raise DamagedShardError(path, "was changed or cut off since it was written: its SHA-256 differs")
+        # These are the bytes that were written, but maybe not by this version of the writer.
+        _, text = _end(raw)
+        if text["layout"] != _layout_text(layout):
+            raise DamagedShardError(path, "holds other arrays: they were computed with other settings")
+        quarantined = {int(index): reason for index, reason in text["quarantined"].items()}
+        return ShardFacts(quarantined, text["facts"], text["data"])
+
+
+def shard_chunks(path: Path, shard: Shard, layout: Layout) -> Iterator[StoredChunk]:
+    """Read the chunks of a shard's file that was verified, one by one; they are not hashed again.
+
+    Raises
+    ------
+    DamagedShardError
+        If the file can't be read or doesn't hold these chunks.
+    """
+    rows = {name: layout.rows_per_chunk(spec) for name, spec in layout.arrays.items()}
+    with _reading(path), path.open("rb") as raw:
+        end, _ = _end(raw)
+        raw.seek(_BLOCK)
+        for name, row in _places(rows, shard.start, shard.stop):
+            number, mask, length = _CHUNK.unpack(raw.read(_CHUNK.size))
+            if layout.names[number] != name or raw.tell() + length > end:
+                raise ValueError(f"no chunk of {name!r} for row {row}")
+            yield StoredChunk(name, row, mask, raw.read(length))
+        if raw.tell() != end:
+            raise ValueError("more chunks than there should be")
 
 
 def shard_header(path: Path) -> ShardHeader:
@@ -273,81 +343,24 @@ def shard_header(path: Path) -> ShardHeader:
         raise DamagedShardError(path, f"can't be read: {error.strerror or error}") from None
 
 
-@contextmanager
-def open_shard(
-    path: Path, shard: Shard, key: str, layout: Layout
-) -> Iterator[tuple[dict[str, h5py.Dataset], ShardFacts]]:
-    """Yield a shard's arrays and facts, verified but for `data_sha256`, for whoever hashes the chunks anyway."""
-    path = Path(path)
-    try:
-        if not path.is_file():
-            raise DamagedShardError(path, "is missing")
-        with path.open("rb") as raw:
-            block = raw.read(_BLOCK)
-            header = _parse(path, block)
-            if (header.start, header.stop) != (shard.start, shard.stop):
-                found, wanted = f"{header.start} to {header.stop - 1}", f"{shard.start} to {shard.stop - 1}"
-                raise DamagedShardError(path, f"holds samples {found}, not {wanted}")
-            if header.key != key:
-                raise DamagedShardError(path, "was computed with other settings")
-            if _rest_sha256(raw, block[:_HEADER]) != block[_HEADER:]:
-                raise DamagedShardError(path, "was changed or cut off since it was written: its SHA-256 differs")
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise DamagedShardError(path, f"can't be read: {error.strerror or error}") from None
-    with file:
-        yield _open_arrays(path, file, shard, key, layout)
+def stored_chunks(datasets: Mapping[str, h5py.Dataset], start: int, stop: int) -> Iterator[StoredChunk]:
+    """Read the chunks of rows `start` to `stop` - 1 from HDF5, as they are stored and in the order of a shard.
+
+    A chunk must begin at `start`, and all arrays of the layout be given.
+    """
+    rows = {name: dataset.chunks[0] for name, dataset in datasets.items()}
+    for name, row in _places(rows, start, stop):
+        dataset = datasets[name]
+        mask, raw = dataset.id.read_direct_chunk((row, *(0,) * (dataset.ndim - 1)))
+        yield StoredChunk(name, row, mask, raw)
 
 
-def _open_arrays(
-    path: Path, file: h5py.File, shard: Shard, key: str, layout: Layout
-) -> tuple[dict[str, h5py.Dataset], ShardFacts]:
-    """Check what the bytes mean. They are those that were written, but maybe not by this version of the writer."""
-    try:
-        with memory_file() as template:
-            wanted = {name: describe(dataset) for name, dataset in layout.create(template, shard.size).items()}
-            same_names = _names(file) == _names(template)
-        # Names that are there by a hard link lead to what is in this file; none else is looked at.
-        datasets = {name: file[name] for name in layout.names} if same_names else {}
-        if {name: describe(dataset) for name, dataset in datasets.items()} != wanted:
-            raise DamagedShardError(path, "holds other arrays: they were computed with other settings")
-        head = {name: file.attrs[name] for name in ("format", "start", "stop", "key", "facts", "quarantined", "data")}
-        same = (head["start"], head["stop"], head["key"]) == (shard.start, shard.stop, key)
-        if not same or file.attrs["sha256"] != _digest(head):
-            raise DamagedShardError(path, "contradicts itself")
-        quarantined = {int(index): reason for index, reason in json.loads(head["quarantined"]).items()}
-        return datasets, ShardFacts(quarantined, json.loads(head["facts"]), head["data"])
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedShardError(path, f"can't be read: {error}") from None
-
-
-def _names(file: h5py.File) -> set[str]:
-    """Return the names of all objects that are reached by hard links."""
-    names: set[str] = set()
-    file.visit(names.add)
-    return names
-
-
-def rows_sha256(datasets: Mapping[str, h5py.Dataset], start: int = 0, stop: int | None = None) -> str:
-    """Return the SHA-256 of some rows as they are stored, in all arrays; a chunk must begin at `start`."""
-    digests = {name: hashlib.sha256() for name in sorted(datasets)}
-    for name, digest in digests.items():
-        for chunk in chunks(datasets[name], start, stop):
-            update(digest, *chunk)
-    return join(digests.values())
-
-
-def join(digests: Iterable[Any]) -> str:
-    """Return one SHA-256 of those of the arrays, in order of their names."""
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
-
-
-def chunks(dataset: h5py.Dataset, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Iterate over the stored chunks of rows `start` to `stop`: which filters were skipped, and the bytes."""
-    rest = (0,) * (dataset.ndim - 1)
-    for row in range(start, len(dataset) if stop is None else stop, dataset.chunks[0]):
-        mask, raw = dataset.id.read_direct_chunk((row, *rest))
-        yield mask, raw
+def rows_sha256(datasets: Mapping[str, h5py.Dataset], start: int, stop: int) -> str:
+    """Return the SHA-256 of the chunks of rows `start` to `stop` - 1, which is `data_sha256` of a shard of these."""
+    numbers, digest = {name: number for number, name in enumerate(sorted(datasets))}, hashlib.sha256()
+    for chunk in stored_chunks(datasets, start, stop):
+        chunk.update(digest, numbers[chunk.name])
+    return digest.hexdigest()
 
 
 def write_chunk(dataset: h5py.Dataset, row: int, mask: int, raw: bytes) -> None:
@@ -355,30 +368,49 @@ def write_chunk(dataset: h5py.Dataset, row: int, mask: int, raw: bytes) -> None:
     dataset.id.write_direct_chunk((row, *(0,) * (dataset.ndim - 1)), raw, mask)
 
 
-def update(digest: Any, mask: int, raw: bytes) -> None:
-    """Add a stored chunk to a hash; its length comes first, so that borders count too."""
-    digest.update(struct.pack("<IQ", mask, len(raw)))
-    digest.update(raw)
+def _places(rows_per_chunk: Mapping[str, int], start: int, stop: int) -> list[tuple[str, int]]:
+    """Return array and first row of the chunks in the order in which a writer can have them ready."""
+    ends = (
+        (min(row + rows, stop), name, row) for name, rows in rows_per_chunk.items() for row in range(start, stop, rows)
+    )
+    return [(name, row) for _, name, row in sorted(ends)]
 
 
-def _head(
-    shard: Shard, key: str, facts: Mapping[str, str], quarantined: Mapping[int, str], data: str
-) -> dict[str, Any]:
-    reasons = {str(index): quarantined[index] for index in sorted(quarantined)}
-    return {
-        "format": FORMAT,
-        "start": shard.start,
-        "stop": shard.stop,
-        "key": key,
-        "facts": json.dumps(facts, sort_keys=True),
-        "quarantined": json.dumps(reasons),
-        "data": data,
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what can go wrong with a shard's file into one kind of error."""
+    try:
+        yield
+    except OSError as error:
+        raise DamagedShardError(path, f"can't be read: {error.strerror or error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, struct.error) as error:
+        raise DamagedShardError(path, f"contradicts itself: {error}") from None
+
+
+def _end(raw: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """Return where the chunks end, and the text behind them."""
+    end = raw.seek(-_LENGTH.size, os.SEEK_END)
+    (length,) = _LENGTH.unpack(raw.read(_LENGTH.size))
+    if length > end - _BLOCK:
+        raise ValueError("its text is longer than the file")
+    raw.seek(end - length)
+    return end - length, json.loads(raw.read(length))
+
+
+def _layout_text(layout: Layout) -> dict[str, Any]:
+    """Return all that decides what a shard's bytes mean, as JSON gives it back."""
+    arrays = {
+        name: [list(spec.shape), spec.stored.str, layout.rows_per_chunk(spec)]
+        for name, spec in sorted(layout.arrays.items())
     }
+    return {"arrays": arrays, "compression": layout.compression}
 
 
-def _digest(head: Mapping[str, Any]) -> str:
-    plain = {name: value if isinstance(value, str) else int(value) for name, value in head.items()}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+def _write(file: FileIO, raw: bytes) -> None:
+    """Write all bytes, where the system may take fewer at a time."""
+    rest = memoryview(raw)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _block(shard: Shard, key: str) -> bytes:
@@ -392,13 +424,3 @@ def _parse(path: Path, block: bytes) -> ShardHeader:
         if header["format"] == FORMAT and len(block) == _BLOCK:
             return ShardHeader(int(header["start"]), int(header["stop"]), str(header["key"]))
     raise DamagedShardError(path, "is not a shard of this version")
-
-
-def _rest_sha256(raw: Any, header: bytes) -> bytes:
-    """Return the SHA-256, in hexadecimal, of the header and of all bytes after the block."""
-    digest = hashlib.sha256(header)
-    raw.seek(_BLOCK)
-    while part := raw.read(1 << 20):
-        digest.update(part)
-    raw.seek(0)
-    return digest.hexdigest().encode()
