@@ -7,7 +7,6 @@ import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
@@ -20,6 +19,7 @@ from spray.pipelines.pictures import artifact_pictures
 from spray.pipelines.stage import Stage
 from spray.storage import read_json, write_bytes, write_json, write_text
 from spray.store import open_attributions
+from spray.store.analyses import open_analysis
 from spray.store.reading import Rows
 from spray.training import batches
 
@@ -82,14 +82,14 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
     options = context.config.isolate
     chosen: list[tuple[dict[str, Any], np.ndarray]] = []
     taken: dict[int, list[np.ndarray]] = {}
-    with h5py.File(context.run_dir / "analysis.h5") as analysis:
+    with open_analysis(context.run_dir / "analysis.h5", len(context.train)) as analysis:
         for row in read_json(context.run_dir / "ranking.json")["clusters"]:
             earlier = taken.setdefault(row["class_index"], [])
             if len(earlier) == options.per_class:
                 continue
-            group = analysis[f"{row['class_index']:08d}"]
+            group = analysis.group(row["class_index"])
             name, _, label = row["cluster"].rpartition("/")
-            members = group["index"][:][group[f"cluster/{name}"][:] == int(label)].astype(np.int64)
+            members = group.index[group.labels(name) == int(label)]
             if all(_overlap(members, other) < 0.5 for other in earlier):
                 earlier.append(members)
                 chosen.append((row, members))

@@ -16,6 +16,7 @@ from spray.data.base import ImageDataset
 from spray.figures import to_png
 from spray.report.data import Truth
 from spray.report.gather import gather
+from spray.store.analyses import open_analysis
 
 N, SIDE = 240, 16
 CARRIERS = tuple(range(5, 35))  # of class 1, whose samples are 0 … 79
@@ -217,8 +218,8 @@ def test_shares_provenance_and_skipped_samples(run_dir, dataset):
 def test_points_are_limited_and_keep_artifact_samples(run_dir, dataset):
     from spray.report.evidence import embedding
 
-    with h5py.File(run_dir / "analysis.h5") as file:
-        plot = embedding(dataset, file["00000001"], 1, "no such", set(CARRIERS), most=20)
+    with open_analysis(run_dir / "analysis.h5") as analysis:
+        plot = embedding(dataset, analysis.group(1), 1, "no such", set(CARRIERS), most=20)
     assert (len(plot.names), plot.members.sum(), plot.total) == (20, 10, 80)
     assert plot.clustering == "kmeans-02"
 

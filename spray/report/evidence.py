@@ -6,7 +6,6 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from spray.data.base import ImageDataset
@@ -14,6 +13,7 @@ from spray.figures import fitted, relevance_map, shared_limit
 from spray.report.data import Embedding, Gallery, Tile
 from spray.report.pictures import thumbnail
 from spray.store import open_attributions
+from spray.store.analyses import AnalysisGroup
 
 _TOP, _RANDOM, _NEAR = 9, 6, 6
 _BATCH = 128
@@ -69,7 +69,7 @@ def galleries(
 
 def embedding(
     dataset: ImageDataset,
-    group: h5py.Group,
+    group: AnalysisGroup,
     class_index: int,
     clustering: str | None,
     members: set[int],
@@ -81,7 +81,7 @@ def embedding(
     ----------
     dataset : ImageDataset
         The training samples.
-    group : h5py.Group
+    group : AnalysisGroup
         The class' group in the analysis file.
     class_index : int
         The class.
@@ -97,12 +97,12 @@ def embedding(
     Embedding or None
         None where the file holds nothing to show.
     """
-    names: list[str] = sorted(group["cluster"]) if "cluster" in group else []
-    if not names or "embedding" not in group or not len(group["index"]):
+    names = group.clusterings
+    if not names or not group.embeddings or not len(group):
         return None
     shown = clustering if clustering is not None and clustering in names else names[0]
     kind, points, eigenvalues = _points(group)
-    indices = group["index"][:].astype(np.int64)
+    indices = group.index
     is_member = np.isin(indices, list(members))
     order = np.random.default_rng(0).permutation(len(indices))
     order = order[np.argsort(~is_member[order], kind="stable")]
@@ -116,7 +116,7 @@ def embedding(
         kind=kind,
         clustering=shown,
         points=points[rows].astype(np.float64),
-        clusters=group["cluster"][shown][:].astype(np.int64)[rows],
+        clusters=group.labels(shown)[rows],
         members=is_member[rows],
         indices=indices[rows],
         names=tuple(dataset.names[i] for i in indices[rows]),
@@ -126,19 +126,18 @@ def embedding(
     )
 
 
-def _points(group: h5py.Group) -> tuple[str, np.ndarray, np.ndarray]:
+def _points(group: AnalysisGroup) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the kind of the embedding, its points (n, 2), and the eigenvalues in ascending order."""
-    embeddings = group["embedding"]
-    spectral = embeddings.get("spectral")
-    eigenvalues = np.asarray(spectral.attrs.get("eigenvalue", []) if spectral is not None else [], np.float64)
+    eigenvalues = group.eigenvalues("spectral")
     order = np.argsort(eigenvalues)
-    if "umap" in embeddings:
-        return "UMAP", np.nan_to_num(embeddings["umap"][:, :2]), eigenvalues[order]
-    points = next(iter(embeddings.values()))[:] if spectral is None else spectral[:]
+    if "umap" in group.embeddings:
+        return "UMAP", group.embedding("umap")[:, :2], eigenvalues[order]
+    name = "spectral" if "spectral" in group.embeddings else group.embeddings[0]
+    points = group.embedding(name)
     # The eigenvector of the smallest eigenvalue is trivial: it only tells how many neighbours a sample has.
     columns = order[1:3] if len(order) == points.shape[1] >= 3 else np.array([0, 1])
-    kind = "first two spectral components" if spectral is not None else "first two components"
-    return kind, np.nan_to_num(points[:, columns]), eigenvalues[order]
+    kind = "first two spectral components" if name == "spectral" else "first two components"
+    return kind, points[:, columns], eigenvalues[order]
 
 
 def _tiles(

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from spray.data.base import ImageDataset
@@ -28,6 +27,7 @@ from spray.report.data import (
 )
 from spray.report.words import number
 from spray.storage import read_json
+from spray.store.analyses import open_analysis
 
 _CLASSES = 4  # embeddings shown at most
 _GALLERIES = 4  # artifacts shown with galleries at most
@@ -225,16 +225,16 @@ def _embeddings(
         first = ranking["classes"][0]["class_index"]
         rows = (row["cluster"] for row in ranking.get("clusters", []) if row["class_index"] == first)
         wanted.setdefault(first, next(rows, None))
-    with h5py.File(path) as file:
+    with open_analysis(path, len(dataset)) as analysis:
         if not wanted:
-            wanted = {int(name): None for name in list(file)[:1]}
-        shown = [(index, cluster) for index, cluster in wanted.items() if f"{index:08d}" in file][:_CLASSES]
+            wanted = dict.fromkeys(analysis.classes[:1])
+        shown = [(index, cluster) for index, cluster in wanted.items() if index in analysis.classes][:_CLASSES]
         most = min(_POINTS_OF_CLASS, _POINTS // max(1, len(shown)))
         plots = []
         for index, cluster in shown:
             members = {s for artifact in confirmed if artifact.class_index == index for s in artifact.samples}
             clustering = None if cluster is None else str(cluster).rpartition("/")[0]
-            plots.append(evidence.embedding(dataset, file[f"{index:08d}"], index, clustering, members, most))
+            plots.append(evidence.embedding(dataset, analysis.group(index), index, clustering, members, most))
     return tuple(plot for plot in plots if plot is not None)
 
 
