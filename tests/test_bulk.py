@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 from torch import Tensor
 
 from spray.bulk.batch_size import find_batch_size, is_out_of_memory
@@ -121,6 +122,27 @@ def test_no_more_batches_are_read_ahead_than_asked_for() -> None:
             taken += 1
     assert running == 30
     assert most <= 5
+
+
+def test_reading_starts_no_threads_of_torchs_beside_its_own() -> None:
+    def openmp() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "openmp"}
+
+    class Looking:
+        def batch(self, indices: np.ndarray) -> Tensor:
+            torch.ones(1 << 20).mul_(2)
+            seen.append(openmp())
+            return torch.zeros(len(indices))
+
+    seen: list[set[int]] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert len(list(read_ahead(Looking(), [(None, np.array([k])) for k in range(4)]))) == 4  # type: ignore[arg-type]
+        assert (torch.get_num_threads(), 3 in openmp()) == (3, True)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [{1}] * 4
 
 
 def test_rows_are_what_the_method_gives(dataset: ArrayDataset) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from spray.data.base import ImageDataset
@@ -59,7 +61,7 @@ def read_ahead(
 
     waiting: deque[tuple[T, np.ndarray, Future[Tensor]]] = deque()
     rest = iter(parts)
-    pool = ThreadPoolExecutor(max_workers=max(1, threads))
+    pool = ThreadPoolExecutor(max_workers=max(1, threads), initializer=_compute_alone)
     try:
         while True:
             while len(waiting) < max(1, depth):
@@ -77,3 +79,14 @@ def read_ahead(
     finally:
         # Not waited for: a file system that hangs must not keep a run from ending.
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compute_alone() -> None:
+    """Have torch use no threads besides this one for what it is asked here.
+
+    Turning pixels into numbers would start helpers for each reading thread, which wait for more by spinning: on two
+    cores that took a fifth of the time away from the explanations.
+    """
+    # Torch sets the number for a thread when it first needs it; only after that it can be changed for it alone.
+    torch.get_num_threads()
+    ThreadpoolController().select(user_api="openmp").limit(limits=1)
