@@ -169,7 +169,7 @@ def _run_job(config: DictConfig, settings: Any) -> None:
     if not typed.run_dir.strip():
         raise UserError("run_dir is empty; give a folder as run_dir=DIR or leave it out")
     asked = in_order(typed.stages)
-    stages = load(asked)
+    stages = load(asked, typed)
     from spray.pipelines.context import Context
 
     if typed.plan:

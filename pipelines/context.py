@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,6 +80,15 @@ class Context:
     def test(self) -> ImageDataset:
         """The test images, clean."""
         return self._datasets[1]
+
+    def with_model(self, checkpoint: Path, run_dir: Path) -> Context:
+        """Return a context for the same data and settings, but with weights of its own and a folder for its results."""
+        config = replace(
+            self.config, run_dir=str(run_dir), model=replace(self.config.model, checkpoint=str(checkpoint))
+        )
+        part = Context(config, run_dir, self.log)
+        part._datasets = self._datasets
+        return part
 
     @cached_property
     def normalizer(self) -> Normalizer:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spray.pipelines.config import SprayConfig
     from spray.pipelines.context import Context
 
 
@@ -29,6 +30,8 @@ class Stage:
         Does the work; what it returns is kept in run.json as the stage's facts.
     tidy : callable, optional
         Removes what had to be kept until run.json says that the stage is done.
+    also_needs : callable, optional
+        Names the stages that it needs besides `needs`, by the configuration.
     """
 
     name: str
@@ -37,3 +40,4 @@ class Stage:
     outputs: tuple[str, ...]
     run: Callable[[Context], dict[str, Any] | None]
     tidy: Callable[[Context], None] = lambda context: None
+    also_needs: Callable[[SprayConfig], tuple[str, ...]] = lambda config: ()

@@ -20,6 +20,7 @@ from spray.data.loading import DATASETS, DatasetOptions, validate
 from spray.errors import UserError
 from spray.models.loading import MODELS
 from spray.pipelines import stages
+from spray.pipelines.config import SprayConfig
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
 
@@ -76,7 +77,7 @@ def fake(name: str) -> Stage:
     return Stage(name, NEEDS[name], SETTINGS.get(name, ()), outputs, run)
 
 
-def load(names: list[str]) -> dict[str, Stage]:
+def load(names: list[str], config: SprayConfig | None = None) -> dict[str, Stage]:
     wanted = set(names)
     for name in reversed(stages.NAMES):
         if name in wanted:

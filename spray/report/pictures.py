@@ -20,10 +20,14 @@ _LOSSLESS = 64  # pixels: up to this size single pixels matter and pictures are 
 
 def triptych_uri(image: np.ndarray, relevance: np.ndarray, limit: float | None) -> str:
     """Return image, heatmap and overlay side by side as a data URI; image (C, H, W), relevance (H, W)."""
+    return strip_uri(figures.triptych(image, relevance, limit), max(image.shape[1:]))
+
+
+def strip_uri(pixels: np.ndarray, size: int) -> str:
+    """Return pictures of `size` pixels that stand side by side, uint8 (H, W, 3), as a data URI, shrunk if large."""
     from PIL import Image
 
-    picture = Image.fromarray(figures.triptych(image, relevance, limit))
-    size = max(image.shape[1:])
+    picture = Image.fromarray(pixels)
     if size <= _LOSSLESS:
         return _uri(figures.to_png(np.asarray(picture)), "png")
     scale = min(1.0, _LARGEST / size)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
 from spray.report import pictures, words
 from spray.report.data import Embedding, ModelResult, ReportData, match_truth
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _HERE = Path(__file__).parent
 _SMALL = 64  # pixels: up to this size a picture is enlarged without smoothing
@@ -24,24 +27,9 @@ def render(data: ReportData) -> str:
     Names of classes and files are taken as hostile: they are escaped wherever they stand, and the page's
     content security policy runs no script but the one whose hash it names.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in ("percent", "interval", "p_value", "number", "plural", "duration", "one_line"):
-        environment.filters[name] = getattr(words, name)
-    for name in ("model_name", "model_role", "verdict_name", "verdict_meaning"):
-        environment.filters[name] = getattr(words, name)
-    environment.filters["triptych"] = lambda tile, limit: pictures.triptych_uri(tile.image, tile.relevance, limit)
-    environment.filters["picture"] = pictures.picture_uri
-    environment.filters["is_small"] = lambda pixels: max(pixels.shape[-2:]) <= _SMALL
     script = (_HERE / "report.js").read_text()
-    page = environment.get_template("report.html.j2").render(
+    template = environment().get_template("report.html.j2")
+    page = template.render(
         data=data,
         match=match_truth(data.truth, data.found) if data.truth else None,
         original=_model(data.models, "original"),
@@ -55,6 +43,27 @@ def render(data: ReportData) -> str:
     )
     # File names that are no valid UTF-8 reach Python as lone surrogates, which no page can hold.
     return page.encode("utf-8", "replace").decode()
+
+
+def environment() -> Environment:
+    """Return what templates of pages are rendered with: everything escaped, numbers and pictures as filters."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("percent", "interval", "p_value", "number", "plural", "duration", "one_line"):
+        made.filters[name] = getattr(words, name)
+    for name in ("model_name", "model_role", "verdict_name", "verdict_meaning"):
+        made.filters[name] = getattr(words, name)
+    made.filters["triptych"] = lambda tile, limit: pictures.triptych_uri(tile.image, tile.relevance, limit)
+    made.filters["picture"] = pictures.picture_uri
+    made.filters["is_small"] = lambda pixels: max(pixels.shape[-2:]) <= _SMALL
+    return made
 
 
 def best_correction(models: tuple[ModelResult, ...] | None) -> ModelResult | None:
