@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,9 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spray.errors import UserError
+
 if TYPE_CHECKING:
     import h5py
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 """Names of temporary files."""
@@ -22,17 +26,35 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place when the block ends without an error."""
+    """Yield a temporary path beside `path` that takes its place when the block ends without an error.
+
+    Raises
+    ------
+    UserError
+        If the disk is full.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
+    except (OSError, RuntimeError) as error:
+        if is_full(error):
+            raise UserError(
+                f"no space left for {path}: free some or choose another run_dir, then start again; what is "
+                "computed already is kept"
+            ) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full(error: OSError | RuntimeError) -> bool:
+    """Return whether an error, be it HDF5's, says that a disk or a quota is full."""
+    return getattr(error, "errno", None) in _FULL or any(f"errno = {full}," in str(error) for full in _FULL)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -65,11 +87,18 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def hdf5_writer(path: Path) -> Iterator[h5py.File]:
-    """Yield a new HDF5 file that appears at `path` when the block ends without an error."""
+    """Yield a new HDF5 file that appears at `path` when the block ends without an error.
+
+    It is kept in memory until then: HDF5 2.0 crashes the process when the disk is full while it closes a file.
+    """
     import h5py
 
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    # HDF5 refuses a name that another open file has, even in memory.
+    with h5py.File(f"{path}.{secrets.token_hex(4)}", "w", driver="core", backing_store=False) as file:
         yield file
+        file.flush()
+        image = file.id.get_file_image()
+    write_bytes(path, image)
 
 
 def sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ The layout is the one that ViRelAy's code reads, which its documentation describ
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import numpy as np
 import yaml
 
 from spray.data.base import ImageDataset
-from spray.storage import hdf5_writer, write_json, write_text
+from spray.storage import replacing, write_json, write_text
+from spray.store.disk import closing, new_file
+from spray.store.shards import write_chunk
 
 Progress = Callable[[Iterable[np.ndarray], int, str], Iterable[np.ndarray]]
 
@@ -141,15 +144,19 @@ def _write_dataset(path: Path, dataset: ImageDataset, batch_size: int, progress:
     batches: Iterable[np.ndarray] = (np.arange(at, min(at + batch_size, total)) for at in starts)
     if progress is not None:
         batches = progress(batches, len(starts), "ViRelAy dataset")
-    with hdf5_writer(path) as file:
-        # ViRelAy reads one sample at a time, so each one is a chunk of its own.
-        data = file.create_dataset(
-            "data", (total, *shape), np.uint8, chunks=(1, *shape), compression="gzip", compression_opts=1
-        )
-        for indices in batches:
-            pixels = np.rint(dataset.batch(indices).numpy().clip(0.0, 1.0) * 255.0).astype(np.uint8)
-            data[indices[0] : indices[-1] + 1] = np.broadcast_to(pixels, (len(indices), *shape))
-        file.create_dataset("label", data=np.asarray(dataset.labels, dtype=np.uint16))
+    with replacing(path) as temporary:
+        file = new_file(temporary)
+        with closing(file):
+            # ViRelAy reads one sample at a time, so each one is a chunk of its own.
+            data = file.create_dataset("data", (total, *shape), np.uint8, chunks=(1, *shape), compression="gzip")
+            for indices in batches:
+                pixels = np.rint(dataset.batch(indices).numpy().clip(0.0, 1.0) * 255.0).astype(np.uint8)
+                for index, image in zip(indices, np.broadcast_to(pixels, (len(indices), *shape)), strict=True):
+                    write_chunk(data, int(index), 0, zlib.compress(image.tobytes(), 1))
+            labels = np.asarray(dataset.labels, dtype="<u2")
+            write_chunk(
+                file.create_dataset("label", data.shape[:1], "<u2", chunks=data.shape[:1]), 0, 0, labels.tobytes()
+            )
 
 
 def _relative(path: Path | None, folder: Path) -> str | None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from spray import storage
+from spray.errors import UserError
 
 
 def files(folder: Path) -> list[str]:
@@ -99,7 +100,7 @@ def test_a_failing_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     storage.write_bytes(tmp_path / "x", b"old")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=f"no space left for {tmp_path / 'x'}: free some"):
         storage.write_bytes(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"old"
     assert files(tmp_path) == ["x"]

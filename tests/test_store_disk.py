@@ -124,6 +124,49 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, kilobytes: int) -> None
     assert free.f_bavail >= free.f_blocks - 1
 
 
+RESULTS = """
+    import sys, numpy as np, os
+    from pathlib import Path
+    from spray.data.arrays import ArrayDataset
+    from spray.errors import UserError
+    from spray.storage import hdf5_writer
+    from spray.virelay import export
+    noise = np.random.default_rng(0).integers(0, 256, (16, 3, 40, 40), np.uint8)
+
+    def analysis():
+        with hdf5_writer(Path(sys.argv[1]) / "analysis.h5") as file:
+            file["a/b"] = noise
+
+    def virelay():
+        dataset = ArrayDataset(noise, np.zeros(16, int), ["a"])
+        export(Path(sys.argv[1]), dataset, attributions=None, analysis=None, title="t", model="m",
+               attribution_method="m", attribution_strategy="s", analysis_method="a")
+
+    for write in (analysis, virelay):
+        try:
+            write()
+        except UserError as error:
+            print(error)
+        print(os.listdir(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("kilobytes", [4, 16, 64])
+def test_a_full_disk_is_told_by_whatever_writes_hdf5(tmp_path: Path, kilobytes: int) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        done = stored.script(RESULTS, tmp_path)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    first, left, second, left_too = done.stdout.splitlines()
+    assert first.startswith(f"no space left for {tmp_path / 'analysis.h5'}: ")
+    assert second.startswith(f"no space left for {tmp_path / 'dataset.h5'}: ")
+    assert left == left_too == "[]"
+
+
 def test_the_disk_s_refusals_are_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = stored.layout(n=16, shard_size=16)
     for number, message in (

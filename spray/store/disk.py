@@ -21,7 +21,6 @@ from numcodecs.fletcher32 import Fletcher32
 from spray.errors import UserError
 from spray.store.layout import COMPRESSIONS, Layout
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NUMBERS = itertools.count()
 
@@ -72,18 +71,12 @@ def closing(file: h5py.File) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses while `path` is written into a user's error."""
+    """Turn what a folder refuses while `path` is written into a user's error, as `replacing` does with a full disk."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        number = getattr(error, "errno", None)
-        if number in _FULL or any(f"errno = {full}," in str(error) for full in _FULL):
-            raise UserError(
-                f"no space left for {path}: free some or choose another run_dir, then start again; what is "
-                "computed already is kept"
-            ) from error
-        if number in _FORBIDDEN:
-            what = os.strerror(number)
+    except OSError as error:
+        if error.errno in _FORBIDDEN:
+            what = os.strerror(error.errno)
             raise UserError(f"{Path(path).parent} can't be written to ({what}): choose another run_dir") from error
         raise
 
