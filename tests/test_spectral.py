@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from spray.analysis import eigengap, spectral, spectral_embedding
+from spray.analysis import eigen, eigengap, spectral_embedding
 from spray.analysis.spectral import neighbor_graph
 
 
@@ -74,7 +74,7 @@ def test_equals_the_dense_computation(n: int, k: int, m: int, seed: int) -> None
 def test_the_iterative_solver_finds_the_same_pairs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     X = np.concatenate([cloud(150, 3, seed), cloud(90, 3, seed + 10) + 100, cloud(12, 3, seed + 20) - 100])
     expected = spectral_embedding(X, 8, 20)
-    monkeypatch.setattr(spectral, "DENSE", 50)
+    monkeypatch.setattr(eigen, "DENSE", 50)
     eigenvalues, embedding = spectral_embedding(X, 8, 20, seed=seed)
     np.testing.assert_allclose(eigenvalues, expected[0], atol=1e-8)
     L = laplacian(neighbor_graph(X, 8).toarray())
@@ -83,7 +83,7 @@ def test_the_iterative_solver_finds_the_same_pairs(monkeypatch: pytest.MonkeyPat
 
 
 def test_counts_components_even_where_an_iterative_solver_would_miss_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectral, "DENSE", 20)
+    monkeypatch.setattr(eigen, "DENSE", 20)
     X = blocks([60] * 10)
     for seed in range(5):
         eigenvalues, embedding = spectral_embedding(X, 8, 16, seed=seed)
@@ -122,7 +122,7 @@ def test_signs_are_fixed_and_runs_agree(monkeypatch: pytest.MonkeyPatch) -> None
     np.testing.assert_array_equal(first[1], second[1])
     largest = first[1][np.abs(first[1]).argmax(axis=0), np.arange(12)]
     assert (largest > 0).all()
-    monkeypatch.setattr(spectral, "DENSE", 10)
+    monkeypatch.setattr(eigen, "DENSE", 10)
     for seed in range(4):
         np.testing.assert_allclose(spectral_embedding(X, 6, 12, seed=seed)[1], first[1], atol=1e-5)
 
