@@ -120,12 +120,20 @@ def agglomerative(embedding: np.ndarray, n_clusters: int = 8, n_neighbors: int =
 
 
 @CLUSTERINGS.register("dbscan")
-def dbscan(embedding: np.ndarray, eps: float = 0.5, min_samples: int = 5) -> np.ndarray:
-    """DBSCAN; samples in no dense region are noise."""
-    from sklearn.cluster import DBSCAN
+def dbscan(embedding: np.ndarray, eps: float | None = None, min_samples: int = 5) -> np.ndarray:
+    """DBSCAN; samples in no dense region are noise.
 
-    at_least("eps", eps, 0, strictly=True)
+    Without `eps` it is the distance within which nine of ten samples have `min_samples` (with themselves): no fixed one
+    suits both two columns of an embedding and ten.
+    """
+    from sklearn.cluster import DBSCAN
+    from sklearn.neighbors import NearestNeighbors
+
     at_least("min_samples", min_samples, 1)
+    if eps is None:
+        search = NearestNeighbors(n_neighbors=min(min_samples, len(embedding))).fit(embedding)
+        eps = max(float(np.quantile(search.kneighbors(embedding)[0][:, -1], 0.9)), 1e-9)
+    at_least("eps", eps, 0, strictly=True)
     return DBSCAN(eps=eps, min_samples=min_samples).fit_predict(embedding)
 
 
