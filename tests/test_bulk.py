@@ -75,6 +75,20 @@ def test_relevance_too_large_for_float16_is_an_error_and_not_infinity() -> None:
         kept_arrays({"": R / 1e5, "conv": R.flatten(1)}, R.flatten(1), Keeping("all", None, "bfloat16"))
 
 
+def test_what_float16_cannot_hold_is_measured() -> None:
+    torch.manual_seed(0)
+    R = torch.randn(2, 3, 8, 8)
+    half, exact = Keeping(dtype="float16"), Keeping()
+    assert half.lost(R) == pytest.approx(float((R - R.half().float()).abs().sum() / R.abs().sum()), rel=1e-6)
+    assert half.lost(R) < 1e-3
+    # Half of what is there is far below the smallest number of float16, 6e-8.
+    R = torch.cat([torch.full((1, 1, 8, 8), 1e-9), torch.zeros(1, 1, 8, 8)])
+    assert half.lost(R) == 1
+    R[1, 0, 0, 0] = 64e-9 * 3
+    assert 0.2 < half.lost(R) < 0.5
+    assert exact.lost(R) == half.lost(torch.zeros(1, 1, 2, 2)) == 0
+
+
 def test_batches_come_in_order_and_are_read_before_they_are_asked_for(dataset: ArrayDataset) -> None:
     begun: list[int] = []
 

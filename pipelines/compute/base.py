@@ -35,6 +35,9 @@ FOLDER = "shards"
 MOST_TOLD = 20
 """Samples that could not be explained, named in the log of each process; all are in `quarantined.csv` in the end."""
 
+MOST_LOST = 0.01
+"""Share of the relevance that may get lost in a smaller dtype without a warning."""
+
 SHARD_BYTES, MOST_SAMPLES, FEWEST_SAMPLES = 64e6, 512, 16
 """A shard has about so many bytes, but at most and at least so many samples: what a kill can cost."""
 
@@ -141,7 +144,7 @@ class ShardWorker:
             context.device,
             int(options.max_bad * n),
         )
-        self._told = 0
+        self._told, self._told_loss = 0, False
 
     def run_all(
         self, shards: Sequence[Shard], on_rows: Callable[[int], None] = lambda n: None
@@ -180,7 +183,16 @@ class ShardWorker:
             self._attribute(self.context.train.batch(indices), indices)
 
     def _tell(self, quarantined: Mapping[int, str]) -> None:
-        """Log why samples could not be explained; of many those that come first."""
+        """Log why samples could not be explained, of many those that come first, and once what their dtype loses."""
+        if not self._told_loss and self.explainer.lost is not None:
+            self._told_loss = True
+            if self.explainer.lost > MOST_LOST:
+                self.context.log.warning(
+                    "%s holds only %.0f %% of the relevance, the rest is too small for it; for smaller files take "
+                    "attribution.channels=sum or attribution.pool=K with float32",
+                    self.keeping.stored,
+                    100 * (1 - self.explainer.lost),
+                )
         for index, reason in quarantined.items():
             self._told += 1
             if self._told <= MOST_TOLD:

@@ -83,6 +83,8 @@ class Explainer:
         self.good, self.bad = 0, 0
         self.limit: int | None = None
         """The most samples at once, since more did not fit into memory."""
+        self.lost: float | None = None
+        """Share of the first batch's relevance that the stored dtype can't hold."""
 
     def rows(self, indices: np.ndarray, pixels: Tensor | None) -> Rows:
         """Explain the samples at `indices`; `pixels` is None where reading them together failed.
@@ -110,6 +112,8 @@ class Explainer:
                 pixels = self.dataset.batch(indices)
             relevance, logits = self.attribute(pixels, indices)
             arrays = kept_arrays(relevance, logits, self.keeping)
+            if self.lost is None:
+                self.lost = self.keeping.lost(relevance[""])
         except Exception as error:
             out_of_memory = is_out_of_memory(error)
             if not out_of_memory:

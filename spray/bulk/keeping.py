@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,15 @@ class Keeping:
         if (height, width) != tuple(relevance.shape[2:]):
             kept = nn.functional.adaptive_avg_pool2d(kept, (height, width))
         return self.converted(kept, "the heatmap")
+
+    def lost(self, relevance: Tensor) -> float:
+        """Return the share of heatmaps' absolute relevance (n, C, H, W) that the stored dtype can't hold.
+
+        Large images spread relevance over so many pixels that most of it falls below what float16 tells from zero.
+        """
+        exact = replace(self, dtype="float32")(relevance).double()
+        total = float(exact.abs().sum())
+        return float((exact - self(relevance).double()).abs().sum()) / total if total > 0 else 0.0
 
     def converted(self, values: Tensor, what: str) -> Tensor:
         """Return finite values in the stored dtype."""
