@@ -167,7 +167,9 @@ def _analyze(context: Context, at: h5py.Group, features: Features) -> None:
     options, seed = context.config.analysis, context.config.seed
     used = features.used
     X = features.values if used.all() else features.values[used]
-    eigenvalues, vectors = spectral_embedding(X, options.n_neighbors, options.n_components, seed)
+    eigenvalues, vectors = spectral_embedding(
+        X, options.n_neighbors, options.n_components, seed, options.metric, options.neighbors, context.device
+    )
     # Eigenvalues descend, as ViRelAy shows them, and so do the columns.
     spectral = _store(at, "embedding/spectral", _spread(vectors[:, ::-1].astype(np.float32), used, 0))
     spectral.attrs["eigenvalue"] = eigenvalues[::-1].astype(np.float32)

@@ -100,6 +100,9 @@ class AnalysisConfig:
     steps: list[Any] = field(default_factory=lambda: ["sum", "pool", "normalize_sum"])
     # What the step `pool` averages larger heatmaps down to, unless it says so itself.
     grid: int = 16
+    # How alike two samples are: euclidean or cosine; and how neighbours are searched: auto, exact, cells, pynndescent.
+    metric: str = "euclidean"
+    neighbors: str = "auto"
     n_neighbors: int = 10
     n_components: int = 32
     # Which samples are analyzed together: those of a `class`, those `predicted` as one, `all`.

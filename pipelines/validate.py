@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spray.analysis.neighbors import METHODS
+from spray.analysis.vectors import METRICS
 from spray.bulk.keeping import DTYPES, kept_arrays
 from spray.errors import UserError
 from spray.pipelines.analysis_options import check_analysis, check_shapes
@@ -44,6 +46,8 @@ ABOVE = {"model.learning_rate": 0, "correction.learning_rate": 0}
 CHOICES = {
     "attribution.dtype": tuple(DTYPES),
     "attribution.channels": ("all", "sum"),
+    "analysis.metric": METRICS,
+    "analysis.neighbors": METHODS,
     "compute.name": tuple(COMPUTES.names()),
     "compute.compression": tuple(COMPRESSIONS),
     "rank.score": ("cross_fitted", "fisher"),
