@@ -117,19 +117,29 @@ def stamp(path: Path) -> tuple[int, int]:
 
 
 def describe_outputs(run_dir: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Return size and hash of each file, by its name relative to `run_dir`."""
+    """Return size, hash and stamp of each file, by its name relative to `run_dir`."""
     return {
-        path.relative_to(run_dir).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
+        path.relative_to(run_dir).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+            "stamp": list(stamp(path)),
+        }
+        for path in paths
     }
 
 
 def changed_output(run_dir: Path, outputs: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Say which recorded output is not there any more as it was written; None if all are."""
+    """Say which recorded output is not there any more as it was written; None if all are.
+
+    A file with the same stamp is not read: reading hundreds of gigabytes would take longer than most stages, and what
+    a disk does to a file by itself is found by the checksums in it.
+    """
     for name, said in outputs.items():
         path = run_dir / name
         if not path.is_file():
             return f"its output {name} is missing"
-        if path.stat().st_size != said["bytes"] or sha256(path) != said["sha256"]:
+        same = path.stat().st_size == said["bytes"]
+        if not same or (said.get("stamp") != list(stamp(path)) and sha256(path) != said["sha256"]):
             return f"its output {name} changed on disk"
     return None
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from fakes import first_output
 
+from spray.pipelines import record
 from spray.pipelines.stages import NAMES
 
 RUN = "run_dir=run"
@@ -142,6 +143,19 @@ def test_damaged_output_is_computed_again(spray, tmp_path, damage):
     what = "is missing" if damage == "missing" else "changed on disk"
     assert f"attribute: recomputed because its output attributions.h5 {what}" in result.out
     assert path.read_bytes() == good
+
+
+def test_outputs_are_read_again_only_where_they_were_written_since(spray, tmp_path, monkeypatch):
+    spray(RUN)
+    read = []
+    hashed = record.sha256
+    monkeypatch.setattr(record, "sha256", lambda path: read.append(Path(path).name) or hashed(path))
+    assert spray(RUN).ran == []
+    assert read == []
+    path = tmp_path / "run/attributions.h5"
+    path.write_bytes(path.read_bytes())
+    assert spray(RUN).ran == []
+    assert read == ["attributions.h5"]
 
 
 def test_outputs_that_a_stage_no_longer_writes_go(spray, tmp_path):
