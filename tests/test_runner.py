@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from fakes import first_output
 
-from spray.pipelines import record
+from spray.pipelines import record as records
 from spray.pipelines.stages import NAMES
 
 RUN = "run_dir=run"
@@ -148,8 +148,8 @@ def test_damaged_output_is_computed_again(spray, tmp_path, damage):
 def test_outputs_are_read_again_only_where_they_were_written_since(spray, tmp_path, monkeypatch):
     spray(RUN)
     read = []
-    hashed = record.sha256
-    monkeypatch.setattr(record, "sha256", lambda path: read.append(Path(path).name) or hashed(path))
+    hashed = records.sha256
+    monkeypatch.setattr(records, "sha256", lambda path: read.append(Path(path).name) or hashed(path))
     assert spray(RUN).ran == []
     assert read == []
     path = tmp_path / "run/attributions.h5"
