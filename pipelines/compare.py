@@ -15,15 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from spray.analysis.comparison import (
-    ONLY,
-    VERDICTS,
-    Compared,
-    Side,
-    compare,
-    rule,
-    strategies,
-)
+from spray.analysis.comparison import Compared, Side, compare, strategies
+from spray.analysis.comparison_rule import ONLY, VERDICTS, rule
 from spray.analysis.preprocessing import heatmap_features
 from spray.correction import CORRECTIONS
 from spray.correction.base import CONTROL

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from spray.analysis.comparison import ONLY, SHARED, Compared, rule, strategies
+from spray.analysis.comparison import Compared, strategies
+from spray.analysis.comparison_rule import ONLY, SHARED, VERDICTS, rule
 from spray.figures import fitted, relevance_map, shared_limit
 from spray.pipelines.context import Context
 from spray.pipelines.other_run import plain, read_record
@@ -68,7 +69,7 @@ def page(
     """Return `comparison.html`."""
     shown = [(part, together, _strategy(part, together)) for part in found for together in strategies(part.rows)]
     # Over all classes the clearest come first.
-    shown.sort(key=lambda item: (item[2].own, item[2].verdict != ONLY, item[2].verdict == SHARED, item[2].kept))
+    shown.sort(key=lambda item: (item[2].own, VERDICTS.index(item[2].verdict), -item[1][0].clear))
     strategies_ = [strategy for _, _, strategy in shown]
     if files is not None:
         for place in _with_pictures(strategies_):

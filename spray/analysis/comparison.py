@@ -9,52 +9,35 @@ three ways, none of which needs the heatmaps of both models to look alike:
 - do B's heatmaps separate the set from the rest: Fisher's criterion, cross-fitted, so that it holds out of sample?
 
 The last two are compared with what A itself reaches. Where heatmaps of both models lie on the same pixels, the
-cosines of their means and how much of A's difference between members and rest B has as well are told too; they decide
-nothing. The rule, `verdict`, was calibrated on models that differ in nothing but the seed of their training.
+cosines of their means are told too, and how much of A's difference between members and rest B has as well. The rule
+is in `comparison_rule`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
-from scipy.stats import hypergeom, norm
+from scipy.stats import hypergeom
 
+from spray.analysis.comparison_rule import (
+    ENOUGH_SAME,
+    LARGEST,
+    ONLY,
+    SMALLEST,
+    VERDICTS,
+    Overlap,
+    normal_tail,
+    ratio,
+    verdict,
+)
 from spray.analysis.ranking import cross_fitted_separability, principal_components
 from spray.analysis.spectral import neighbor_graph
 
-SHARED, ONLY, UNDECIDED = "shared", "only", "undecided"
-VERDICTS = (ONLY, UNDECIDED, SHARED)
-
-SMALLEST = 8
-"""Clusters with fewer samples are not compared: nothing can be said about so few."""
-
-LARGEST = 0.5
-"""Nor are those with a larger share of their group: the others are then what stands apart."""
-
-ENOUGH_SAME = 0.5
-"""Jaccard index from which on a cluster of the other model is the same one."""
-
-KEPT, LOST = 0.5, 0.25
-"""Share of the separability from which on a cluster is shared, and up to which it is known to one model only."""
-
-HELD = 0.6
-"""Share of the cohesion below which the other model's heatmaps don't hold a cluster together any more."""
-
-REAL = 0.5
-"""Least cohesion of a cluster in its own model: one that doesn't hold together there is a cut through a cloud."""
-
-CLEAR = 3.0
-"""How many times as separable as the tail of a normal distribution a cluster has to be in its own model."""
-
 MOST = 0.75
 """Share of the smaller of two clusters that makes it a part of the other."""
-
-LEVEL = 0.01
-"""Largest p-value of an overlap that counts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,29 +57,6 @@ class Side:
     features: np.ndarray
     clusterings: Mapping[str, np.ndarray]
     maps: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """The other model's cluster that shares most samples.
-
-    Attributes
-    ----------
-    cluster : str
-        Its name, `clustering/label`; empty if there is none.
-    size, both : int
-        Its samples, and those that are in both clusters.
-    jaccard : float
-        Of both sets of samples.
-    p_value : float
-        That a cluster of that size drawn at random shares as many, times the number of clusters that were looked at.
-    """
-
-    cluster: str
-    size: int
-    both: int
-    jaccard: float
-    p_value: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,94 +140,12 @@ def compare(a: Side, b: Side, n_neighbors: int = 10, seed: int = 0) -> list[Comp
     rows = []
     for cluster, member in chosen:
         overlap, tail = best_overlap(member, others), normal_tail(int(member.sum()), len(member))
-        separability = tuple(cross_fitted_separability(X, member, seed) for X in components)
-        held = tuple(cohesion(graph, member) for graph in graphs)
-        rows.append(
-            Compared(
-                cluster,
-                member,
-                overlap,
-                (separability[0], separability[1]),
-                (held[0], held[1]),
-                *likeness(a.maps, b.maps, member),
-                verdict(overlap, (separability[0], separability[1]), (held[0], held[1]), tail),
-            )
-        )
+        own, other = (cross_fitted_separability(X, member, seed) for X in components)
+        held = cohesion(graphs[0], member), cohesion(graphs[1], member)
+        alike = likeness(a.maps, b.maps, member)
+        said = verdict(overlap, (own, other), held, alike[2], tail)
+        rows.append(Compared(cluster, member, overlap, (own, other), held, *alike, said))
     return sorted(rows, key=lambda row: (VERDICTS.index(row.verdict), -row.clear, row.cluster))
-
-
-def verdict(overlap: Overlap, separability: tuple[float, float], cohesion: tuple[float, float], tail: float) -> str:
-    """Say whether a cluster's strategy is the other model's as well.
-
-    `shared`
-        One of the other's clusters holds the same samples (Jaccard index at least 0.5, p at most 0.01) and its
-        heatmaps keep more than a quarter of the separability; or they keep at least half of it and 0.6 of the
-        cohesion.
-    `only`
-        The cluster is clear in its own model: cohesion at least 0.5, and at least three times as separable as the tail
-        of a normal distribution, which any cloud without clusters has. The other's heatmaps keep at most a quarter of
-        the separability and less than 0.6 of the cohesion, and none of its clusters holds the same samples.
-    `undecided`
-        Everything else.
-
-    Parameters
-    ----------
-    overlap : Overlap
-        With the other model's clusters.
-    separability, cohesion : tuple of float
-        In the model's own heatmaps, and in the other's.
-    tail : float
-        See `normal_tail`.
-    """
-    kept, held = ratio(separability), ratio(cohesion)
-    same = overlap.jaccard >= ENOUGH_SAME and overlap.p_value <= LEVEL
-    if (same and kept > LOST) or (kept >= KEPT and held >= HELD):
-        return SHARED
-    clear = separability[0] >= CLEAR * tail and cohesion[0] >= REAL
-    if clear and kept <= LOST and held < HELD and not same:
-        return ONLY
-    return UNDECIDED
-
-
-def normal_tail(size: int, n: int) -> float:
-    """Return Fisher's criterion of the largest `size` of `n` normal numbers against the others, for large n.
-
-    No part of a normal distribution is separated better, in whatever direction, so that a cluster has to be beyond
-    that to be more than a cut through a cloud. With p = size/n and z its quantile, the variance between is
-    b = φ(z)²/(p(1-p)), the one within 1 - b.
-    """
-    p = size / n
-    between = norm.pdf(norm.isf(p)) ** 2 / (p * (1 - p))
-    return float(between / (1 - between))
-
-
-def rule() -> dict[str, Any]:
-    """Return the rule as numbers and, under `text`, in words."""
-    return {
-        "smallest": SMALLEST,
-        "largest": LARGEST,
-        "enough_same": ENOUGH_SAME,
-        "level": LEVEL,
-        "kept": KEPT,
-        "lost": LOST,
-        "held": HELD,
-        "real": REAL,
-        "clear": CLEAR,
-        "text": [
-            f"Compared are clusters of at least {SMALLEST} samples that are at most {LARGEST:.0%} of their class.",
-            "Separability is Fisher's criterion of the cluster against the rest of its class, cross-fitted. Cohesion "
-            "is the share of its samples' neighbours that are in the cluster too, 0 for a random set, 1 for one that "
-            "stands alone. Both are measured in the heatmaps of either model, for the same samples.",
-            f"Shared: one of the other model's clusters has a Jaccard index of at least {ENOUGH_SAME:g} with it "
-            f"(p at most {LEVEL:g}) and its heatmaps keep more than {LOST:.0%} of the separability; or they keep at "
-            f"least {KEPT:.0%} of it and {HELD:.0%} of the cohesion.",
-            f"Only in one model: the cluster is clear there (cohesion at least {REAL:g}, separability at least "
-            f"{CLEAR:g} times that of a normal distribution's tail of its size); the other's heatmaps keep at most "
-            f"{LOST:.0%} of the separability and less than {HELD:.0%} of the cohesion; and none of its clusters has a "
-            "Jaccard index as above.",
-            "Undecided: everything between.",
-        ],
-    }
 
 
 def distinct_clusters(clusterings: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
@@ -386,12 +264,6 @@ def _belongs(row: Compared, first: Compared) -> bool:
     sizes = int(first.member.sum()), int(row.member.sum())
     part = row.verdict == ONLY and both >= MOST * min(sizes)
     return part or both >= ENOUGH_SAME * (sum(sizes) - both)
-
-
-def ratio(values: tuple[float, float]) -> float:
-    """Return how much of a model's own value, the first, the other model reaches; 1 where there is nothing to reach."""
-    own, other = values
-    return max(0.0, other) / own if own > 0 else 1.0
 
 
 def _clusters(clusterings: Mapping[str, np.ndarray]) -> Iterator[tuple[str, int, np.ndarray]]:
