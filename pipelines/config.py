@@ -119,8 +119,14 @@ class AnalysisConfig:
 class RankConfig:
     """How classes and clusters are scored."""
 
-    # `cross_fitted`, or `fisher`: the tutorial's score, measured on the embedding itself.
+    # `cross_fitted`, or `fisher`: the tutorial's score, measured on the embedding itself and nothing else.
     score: str = "cross_fitted"
+    # What else counts: content, confidence, concentration, stability.
+    evidence: list[str] = field(default_factory=lambda: ["content"])
+    # Clusters of each class, the most separable ones, whose images are looked at.
+    looked_at: int = 12
+    # For the false discoveries among all classes and all clusters: benjamini_hochberg, benjamini_yekutieli.
+    correction: str = "benjamini_hochberg"
 
 
 @dataclass

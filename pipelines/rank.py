@@ -1,149 +1,180 @@
-"""The fourth stage: classes and clusters ranked by how separable they are."""
+"""The fourth stage: classes and clusters ranked by how separable they are, with p-values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import h5py
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from spray.analysis import separability
+from spray.analysis.content import SIDE, shared_content
 from spray.analysis.fisher import RIDGE
-from spray.analysis.ranking import (
-    cross_fitted_separability,
-    outlier_p_value,
-    principal_components,
-    structureless_p_value,
+from spray.analysis.scoring import (
+    Candidate,
+    Verdict,
+    View,
+    concentration,
+    distinct_samples,
+    find_candidates,
+    judge,
+    most_separable,
 )
-from spray.pipelines.analyze import class_features
+from spray.pipelines.analysis_options import preprocessing_of, source_array
+from spray.pipelines.analyze import read_features
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
 from spray.storage import write_json
 from spray.store import Attributions, open_attributions
+from spray.store.analyses import AnalysisGroup, open_analysis
+from spray.training import batches
 
-SMALLEST = 8
-"""Clusters with fewer samples are not scored."""
-
-LARGEST = 0.5
-"""Nor are those with a larger share of their class: an artifact's samples are the smaller part."""
-
-
-@dataclass
-class Row:
-    """A scored cluster."""
-
-    class_index: int
-    clustering: str
-    label: int
-    size: int
-    n: int
-    score: float
+SAMPLED, OF_CLUSTER = 400, 100
+"""Images of a class, and of each cluster that is looked at, that shared content is measured on."""
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write `ranking.json`."""
-    classes = context.train.classes
-    rows: list[Row] = []
+    classes, options = context.train.classes, context.config.rank
+    found: list[Candidate] = []
     shape = (len(context.train), None, None, None)
     with (
-        h5py.File(context.run_dir / "analysis.h5") as analysis,
+        open_analysis(context.run_dir / "analysis.h5", len(context.train)) as analysis,
         open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions,
         # On matrices this small more threads only wait for each other, for long where other jobs want the cores.
         threadpool_limits(1),
     ):
-        for c in context.progress(range(len(classes)), len(classes), "classes ranked"):
-            group = analysis[f"{c:08d}"]
-            if len(group["index"]) < SMALLEST / LARGEST:
-                continue  # no cluster of so small a class can be scored
-            rows += _score_class(context, c, group, _scorer(context, group, attributions))
-    # A class is as separable as the best of its clusters.
-    best = {c: max((row.score for row in rows if row.class_index == c), default=0.0) for c in range(len(classes))}
-    clusters = [_cluster_row(context, row, best) for row in rows]
-    class_rows = _ranked([_class_row(context, c, best, clusters) for c in best])
+        for c in context.progress(analysis.classes, len(analysis.classes), "classes ranked"):
+            found += _candidates(context, c, analysis.group(c), attributions)
+    kinds = () if options.score == "fisher" else tuple(options.evidence)
+    of_class, of_cluster = judge(found, range(len(classes)), kinds, options.correction, options.score != "fisher")
+    class_rows = [_class_row(context, c, verdict, found) for c, verdict in of_class.items()]
+    cluster_rows = [_cluster_row(context, candidate, v) for candidate, v in zip(found, of_cluster, strict=True)]
+    rows = {"classes": _ranked(class_rows), "clusters": _ranked(cluster_rows)}
     write_json(
         context.run_dir / "ranking.json",
-        {"classes": class_rows, "clusters": _ranked(clusters), "score": context.config.rank.score},
+        rows | {"score": options.score, "evidence": list(kinds), "correction": options.correction},
     )
+    first = rows["classes"][0]
     context.log.info(
-        "most separable class: %r, %.1f (p = %.2g)",
-        class_rows[0]["class_name"],
-        class_rows[0]["separability"],
-        class_rows[0]["p_value"],
+        "first class: %r, separability %.1f (p = %.2g, q = %.2g)",
+        first["class_name"],
+        first["separability"],
+        first["p_value"],
+        first["q_value"],
     )
-    return {"clusters": len(clusters)}
+    return {"clusters": len(cluster_rows)}
 
 
-def _scorer(context: Context, group: h5py.Group, attributions: Attributions) -> Callable[[np.ndarray], float]:
-    """Return the function that scores a cluster, given as a mask over the class's samples."""
-    if context.config.rank.score == "fisher":
-        embedding = group["embedding/spectral"][:]
+def _candidates(context: Context, c: int, group: AnalysisGroup, attributions: Attributions) -> list[Candidate]:
+    """Return a class's clusters with the evidence that is asked for."""
+    options, seed = context.config.rank, context.config.seed
+    labelings = {name: group.labels(name) for name in group.clusterings}
+    if options.score == "fisher":
+        embedding = group.embedding()
         # Parts of a graph that do not hang together have no spread within: that is no number JSON could hold.
-        return lambda member: min(separability(embedding, member.astype(int)), 1 / RIDGE)
-    features = class_features(attributions, group["index"][:], context.config.analysis.grid)
-    seed = context.config.seed
-    X = principal_components(features, seed=seed)
-    return lambda member: cross_fitted_separability(X, member, seed)
+        return find_candidates(
+            c,
+            View(embedding, labelings),
+            score=lambda member: min(separability(embedding, member.astype(int)), 1 / RIDGE),
+        )
+    analysis = context.config.analysis
+    features = read_features(attributions, group.index, preprocessing_of(analysis), source_array(analysis)).values
+    found = find_candidates(c, View(features, labelings), seed, distinct_samples(features))
+    chosen = most_separable(found, options.looked_at)
+    if "confidence" in options.evidence:
+        _add_confidence(found, c, np.asarray(attributions.prediction[group.index]))
+    if {"content", "concentration"} & set(options.evidence) and chosen:
+        _look(context, chosen, group.index, attributions)
+    return found
 
 
-def _score_class(context: Context, c: int, group: h5py.Group, score: Callable[[np.ndarray], float]) -> list[Row]:
-    rows, seen = [], {}
-    for name in group["cluster"]:
-        labels = group[f"cluster/{name}"][:]
-        for label in np.unique(labels[labels >= 0]):
-            member = labels == label
-            size, n = int(member.sum()), len(member)
-            if size < SMALLEST or size > LARGEST * n:
-                continue
-            key = member.tobytes()
-            if key not in seen:
-                seen[key] = score(member)
-            rows.append(Row(c, name, int(label), size, n, seen[key]))
-    return rows
+def _add_confidence(found: Sequence[Candidate], c: int, logits: np.ndarray) -> None:
+    """Add by how much surer of the class the model is in a cluster than in the rest, in standard deviations."""
+    margin = logits[:, c] - np.delete(logits, c, axis=1).max(axis=1, initial=-np.inf)
+    spread = float(margin.std())
+    if np.isfinite(spread) and spread > 0:
+        for x in found:
+            x.evidence["confidence"] = float(margin[x.member].mean() - margin[~x.member].mean()) / spread
 
 
-def _cluster_row(context: Context, row: Row, best: dict[int, float]) -> dict[str, Any]:
-    """Return a cluster's row; its p-value is the larger one of two, since both explanations have to be refuted.
+def _look(context: Context, chosen: Sequence[Candidate], index: np.ndarray, attributions: Attributions) -> None:
+    """Look at the images and heatmaps of some clusters, and some others of their class, and add that evidence."""
+    kinds, n = context.config.rank.evidence, len(index)
+    wanted = [_even(np.arange(n), SAMPLED), *(_even(np.flatnonzero(x.member), OF_CLUSTER) for x in chosen)]
+    used = np.unique(np.concatenate(wanted))
+    maps, images = _small(context, index[used], attributions)
+    sharpness = concentration(maps)
+    for x in chosen:
+        member = x.member[used]
+        if "content" in kinds:
+            x.evidence["content"] = shared_content(images, maps, member)
+        if "concentration" in kinds and sharpness.std() > 0:
+            x.evidence["concentration"] = float(
+                (sharpness[member].mean() - sharpness[~member].mean()) / sharpness.std()
+            )
 
-    They are: a class without structure, and a natural kind of images such as other classes have too.
-    """
-    others = [score for c, score in best.items() if c != row.class_index]
-    p_value = outlier_p_value(row.score, others)
-    if context.config.rank.score != "fisher":
-        p_value = max(p_value, structureless_p_value(row.score, row.n, row.size))
+
+def _small(context: Context, indices: np.ndarray, attributions: Attributions) -> tuple[np.ndarray, np.ndarray]:
+    """Return heatmaps (n, h, w) and images (n, C, h, w), averaged down where they are large."""
+    import torch
+    from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+    maps, images = [], []
+    for part in batches(len(indices), 256):
+        pixels = context.train.batch(indices[part])
+        factor = -(-max(pixels.shape[2:]) // SIDE)
+        size = (-(-pixels.shape[2] // factor), -(-pixels.shape[3] // factor))
+        relevance = torch.from_numpy(attributions.attribution[indices[part]].astype(np.float32))
+        relevance = relevance.sum(dim=1, keepdim=True)
+        # Heatmaps may be stored smaller than the images.
+        smaller = relevance.shape[2] < size[0] or relevance.shape[3] < size[1]
+        maps.append(interpolate(relevance, size) if smaller else adaptive_avg_pool2d(relevance, size))
+        images.append(pixels if factor == 1 else adaptive_avg_pool2d(pixels, size))
+    return torch.cat(maps)[:, 0].numpy(), torch.cat(images).float().numpy()
+
+
+def _even(values: np.ndarray, most: int) -> np.ndarray:
+    """Return at most so many of the values, spread evenly."""
+    return values[:: max(1, -(-len(values) // most))]
+
+
+def _cluster_row(context: Context, candidate: Candidate, verdict: Verdict) -> dict[str, Any]:
     return {
-        "class_index": row.class_index,
-        "class_name": context.train.classes[row.class_index],
-        "cluster": f"{row.clustering}/{row.label}",
-        "size": row.size,
-        "separability": row.score,
-        "p_value": p_value,
+        "class_index": candidate.class_index,
+        "class_name": context.train.classes[candidate.class_index],
+        "cluster": candidate.cluster,
+        "size": candidate.size,
+        "separability": candidate.separability,
+        "p_value": verdict.p_value,
+        "q_value": verdict.q_value,
+        "score": verdict.score,
+        "evidence": dict(candidate.evidence),
     }
 
 
-def _class_row(context: Context, c: int, best: dict[int, float], clusters: list[dict[str, Any]]) -> dict[str, Any]:
-    others = [score for other, score in best.items() if other != c]
-    structure = min((row["p_value"] for row in clusters if row["class_index"] == c), default=1.0)
+def _class_row(context: Context, c: int, verdict: Verdict, found: Sequence[Candidate]) -> dict[str, Any]:
     return {
         "class_index": c,
         "class_name": context.train.classes[c],
         "n": int((context.train.labels == c).sum()),
-        "separability": best[c],
-        "p_value": max(outlier_p_value(best[c], others), structure) if best[c] > 0 else 1.0,
+        "separability": max((x.separability for x in found if x.class_index == c), default=0.0),
+        "p_value": verdict.p_value,
+        "q_value": verdict.q_value,
+        "score": verdict.score,
     }
 
 
 def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = sorted(rows, key=lambda row: (-row["separability"], row["class_index"], row.get("cluster", "")))
+    rows = sorted(rows, key=lambda row: (-row["score"], row["class_index"], row.get("cluster", "")))
     return [{**row, "rank": rank} for rank, row in enumerate(rows, start=1)]
 
 
 STAGE = Stage(
     name="rank",
     needs=("attribute", "analyze"),
-    settings=("rank", "seed", "analysis.grid"),
+    settings=("rank", "seed", "analysis"),
     outputs=("ranking.json",),
     run=run,
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spray.analysis.discovery import CORRECTIONS
 from spray.analysis.neighbors import METHODS
 from spray.analysis.vectors import METRICS
 from spray.bulk.keeping import DTYPES, kept_arrays
@@ -34,6 +35,7 @@ LEAST = {
     "analysis.n_neighbors": 1,
     "analysis.n_components": 1,
     "analysis.grid": 1,
+    "rank.looked_at": 1,
     "isolate.per_class": 1,
     "isolate.candidates": 1,
     "isolate.n_samples": 8,
@@ -51,7 +53,9 @@ CHOICES = {
     "compute.name": tuple(COMPUTES.names()),
     "compute.compression": tuple(COMPRESSIONS),
     "rank.score": ("cross_fitted", "fisher"),
+    "rank.correction": CORRECTIONS,
 }
+EVIDENCE = ("content", "confidence", "concentration", "stability")
 # Stages that put images through the model.
 WITH_MODEL = {"train", "attribute", "isolate", "correct", "verify"}
 
@@ -79,6 +83,7 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
         if (value := _value(config, key)) not in allowed:
             raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
     check_attribution(config)
+    check_evidence(config)
     check_analysis(config, stages)
     if "correct" in stages and config.correction.methods:
         from spray.correction import check_methods
@@ -118,6 +123,22 @@ def check_attribution(config: SprayConfig) -> None:
     own = sorted({"layer", "start", "target", "method", "composite"} & set(options.options or {}))
     if own:
         raise UserError(f"attribution.options has {', '.join(own)}, which isn't an option of heatmaps of the input")
+
+
+def check_evidence(config: SprayConfig) -> None:
+    """Check `rank.evidence`.
+
+    Raises
+    ------
+    UserError
+        For a kind that there is not, or one that is given twice.
+    """
+    given = config.rank.evidence
+    unknown = [kind for kind in given if kind not in EVIDENCE]
+    if unknown:
+        raise UserError(f"rank.evidence has {unknown[0]!r}, which is unknown; allowed: {', '.join(EVIDENCE)}, or []")
+    if len(set(given)) < len(given):
+        raise UserError(f"rank.evidence={given} names a kind twice; each counts once")
 
 
 def _value(config: SprayConfig, key: str) -> Any:

@@ -10,9 +10,11 @@ from sklearn.covariance import LedoitWolf
 
 from spray.analysis import ranking, separability
 from spray.analysis.ranking import (
+    cross_fitted_projections,
     cross_fitted_separability,
     outlier_p_value,
     principal_components,
+    shrunk_covariance,
     structureless_null,
     structureless_p_value,
 )
@@ -173,40 +175,88 @@ def test_p_values_of_clusters_that_were_sought_in_noise_are_not_too_small(n: int
     assert min(p_values) > 0.005
 
 
-def test_p_values_count_hits_and_large_classes_are_drawn_smaller() -> None:
+def test_p_values_are_those_of_the_draws_and_large_classes_are_drawn_smaller() -> None:
     null = structureless_null(50, 10)
-    assert structureless_p_value(np.inf, 50, 10) == 1 / 1000
+    for hits in (50, 200, 500, 800):
+        score = float(np.sort(null)[-hits])
+        assert structureless_p_value(score, 50, 10) == pytest.approx(hits / 999, rel=0.25)
     assert structureless_p_value(0.0, 50, 10) == 1
-    assert structureless_p_value(float(np.sort(null)[-20]), 50, 10) == pytest.approx(21 / 1000)
     score = 0.95 * float(np.median(structureless_null(1000, 200)))
     assert structureless_p_value(score, 60_000, 12_000) == structureless_p_value(score, 1000, 200)
 
 
+def test_the_tail_beyond_the_draws_is_that_of_many_more_draws() -> None:
+    rng = np.random.default_rng(5)
+    values = np.sort(rng.normal(size=(200_000, 40)), axis=1)
+    top, rest = values[:, 30:], values[:, :30]
+    between = 10 * 30 / 40 * (top.mean(axis=1) - rest.mean(axis=1)) ** 2
+    scores = np.sort(between / (10 * top.var(axis=1) + 30 * rest.var(axis=1)))
+    for hits in (20, 200, 2000):
+        assert 0.2 < structureless_p_value(float(scores[-hits]), 40, 10) / (hits / 200_000) < 5
+
+
 def test_a_real_cluster_is_significant() -> None:
     score = cross_fitted_separability(with_cluster(300, 60, 6), first(300, 60))
-    assert structureless_p_value(score, 300, 60) == 1 / 1000
+    assert structureless_p_value(score, 300, 60) < 1e-6
 
 
 def test_the_outlier_p_value_is_that_of_the_prediction_interval() -> None:
-    others = [1.0, 2.0, 4.0, 1.5, 3.0]
-    logs = np.log(others)
+    others = [0.0, 0.7, 1.4, 0.4, 1.1]
     for level in (0.5, 0.05, 0.001):
         # The upper end of a one-sided prediction interval for one more draw.
-        upper = logs.mean() + stats.t.isf(level, 4) * np.sqrt(np.var(logs, ddof=1) * (1 + 1 / 5))
-        assert outlier_p_value(float(np.exp(upper)), others) == pytest.approx(level, rel=1e-6)
+        upper = np.mean(others) + stats.t.isf(level, 4) * np.sqrt(np.var(others, ddof=1) * (1 + 1 / 5))
+        assert outlier_p_value(float(upper), others, weight=0) == pytest.approx(level, rel=1e-6)
 
 
 def test_outlier_p_values_are_uniform_for_one_more_class_of_the_same_kind() -> None:
     rng = np.random.default_rng(0)
-    draws = np.exp(rng.normal(2, 0.7, size=(500, 8)))
-    p_values = [outlier_p_value(row[0], row[1:]) for row in draws]
-    assert stats.kstest(p_values, "uniform").pvalue > 0.01
+    draws = rng.normal(2, 0.7, size=(500, 8))
+    assert stats.kstest([outlier_p_value(row[0], row[1:], weight=0) for row in draws], "uniform").pvalue > 0.01
+    # The same with a spread that varies around the prior as moderation supposes: 4 d s²/χ²(4) with s = 0.5.
+    spread = 0.5 * np.sqrt(4 / rng.chisquare(4, size=(2000, 1)))
+    moderated = [outlier_p_value(row[0], row[1:], 0.5, 4) for row in spread * rng.normal(size=(2000, 6)) + 1]
+    assert stats.kstest(moderated, "uniform").pvalue > 0.01
+
+
+def test_outlier_p_values_depend_on_no_origin_and_without_a_prior_on_no_unit() -> None:
+    others = [0.3, 0.9, 0.1, 0.6]
+    p_value = outlier_p_value(1.5, others)
+    assert outlier_p_value(1.5 + 7, [other + 7 for other in others]) == pytest.approx(p_value)
+    alone = outlier_p_value(1.5, others, weight=0)
+    assert outlier_p_value(15.0, [10 * other for other in others], weight=0) == pytest.approx(alone)
+
+
+def test_equal_scores_need_the_prior() -> None:
+    assert outlier_p_value(1.2, [1.0] * 5) > 0.2
+    assert outlier_p_value(4.0, [1.0] * 5) < 0.001
 
 
 def test_outlier_p_values_without_enough_to_compare_with() -> None:
     assert outlier_p_value(5.0, [1.0, 2.0]) == 0
-    assert outlier_p_value(5.0, [1.0, 2.0, 0.0, 0.0]) == 0
-    assert outlier_p_value(5.0, []) == 0
-    # Equal scores do not make every other score extraordinary: a least spread is taken.
-    assert outlier_p_value(1.05, [1.0] * 6) == pytest.approx(stats.t.sf(np.log(1.05) / (0.1 * np.sqrt(7 / 6)), 5))
-    assert outlier_p_value(0.0, [1.0, 2.0, 3.0]) > 0.9
+    assert outlier_p_value(5.0, [1.0, 2.0, -np.inf]) == 0
+
+
+@pytest.mark.parametrize(("n", "d"), [(40, 5), (30, 60), (200, 30)])
+def test_the_shrunk_covariance_is_scikit_learns(n: int, d: int) -> None:
+    X = noise(n, d, seed=4)
+    X = X - X.mean(axis=0)
+    expected = LedoitWolf(assume_centered=True).fit(X).covariance_
+    np.testing.assert_allclose(shrunk_covariance(X), expected, rtol=1e-8, atol=1e-10)
+    assert not shrunk_covariance(np.zeros((5, 3))).any()
+
+
+def test_projections_tell_the_cluster_from_the_rest_and_leave_each_sample_out() -> None:
+    # Half of six standard deviations from the border: one of 741 is on the wrong side.
+    X, member = with_cluster(200, 50, 6), first(200, 50)
+    projected = cross_fitted_projections(X, member, 2)
+    assert projected is not None
+    assert (projected[member] > 0).mean() > 0.95
+    assert (projected[~member] < 0).mean() > 0.95
+    # A sample that is moved far away changes its own projection, and that of none in its fold.
+    folds, moved = ranking._folds(member, 2), X.copy()
+    moved[0, 0] += 100
+    again = cross_fitted_projections(moved, member, 2)
+    assert again is not None
+    same = (folds == folds[0]) & (np.arange(200) > 0)
+    np.testing.assert_allclose(again[same], projected[same], rtol=1e-9)
+    assert again[0] > projected[0] + 50

@@ -9,15 +9,19 @@ sizes as weights, so that a handful of samples cannot win.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import norm, t
 
 from spray.analysis.fisher import separability
 
 FOLDS = 5
 DRAWS = 999
 """Draws of the null distribution."""
+
+PRIOR_SPREAD, PRIOR_WEIGHT = 0.5, 4.0
+"""Standard deviation of natural classes' scores where nothing else is known, and the degrees of freedom it counts."""
 
 
 def principal_components(X: np.ndarray, n_components: int = 30, seed: int = 0) -> np.ndarray:
@@ -29,12 +33,51 @@ def principal_components(X: np.ndarray, n_components: int = 30, seed: int = 0) -
     return PCA(m, svd_solver=solver, random_state=seed).fit_transform(np.asarray(X, dtype=np.float64))
 
 
+def cross_fitted_projections(X: np.ndarray, member: np.ndarray, seed: int = 0) -> np.ndarray | None:
+    """Project each sample on Fisher's direction for a cluster against the rest, found without that sample.
+
+    In each of five folds the direction w = S_w^-1 (μ_1 - μ_0) is estimated on the other folds, S_w with Ledoit and
+    Wolf's (2004) shrinkage; the fold's samples are projected on it, in units of the standard deviation within and with
+    the middle between the means as origin.
+
+    Parameters
+    ----------
+    X : ndarray
+        (n, d).
+    member : ndarray of bool
+        (n,): who is in the cluster.
+    seed : int
+        Assigns the folds.
+
+    Returns
+    -------
+    ndarray of float64 or None
+        (n,): positive on the cluster's side; None for clusters that are too small to be left out in parts, or
+        without any spread within.
+    """
+    folds = _folds(member, seed)
+    projections = np.full(len(X), np.nan)
+    for fold in range(FOLDS):
+        inside, outside = X[(folds != fold) & member], X[(folds != fold) & ~member]
+        if len(inside) < 2 or len(outside) < 2:
+            return None
+        centers = inside.mean(axis=0), outside.mean(axis=0)
+        within = shrunk_covariance(np.concatenate([inside - centers[0], outside - centers[1]]))
+        if not within.any():
+            return None
+        w = _solve(within, centers[0] - centers[1])
+        deviation = np.sqrt(w @ within @ w)
+        if deviation == 0:
+            return None
+        held = folds == fold
+        projections[held] = (X[held] - (centers[0] + centers[1]) / 2) @ w / deviation
+    return projections
+
+
 def cross_fitted_separability(X: np.ndarray, member: np.ndarray, seed: int = 0) -> float:
     """Return Fisher's criterion of one cluster against the rest, on samples that did not choose the direction.
 
-    In each of five folds the direction w = S_w^-1 (μ_1 - μ_0) is estimated on the other folds, S_w with Ledoit and
-    Wolf's shrinkage; the fold's samples are projected on it, in units of the standard deviation within and with
-    the middle between the means as origin. The criterion is that of all projections together.
+    It is that of all `cross_fitted_projections` together.
 
     Parameters
     ----------
@@ -50,25 +93,36 @@ def cross_fitted_separability(X: np.ndarray, member: np.ndarray, seed: int = 0) 
     float
         At least 0; 0 for clusters that are too small to be left out in parts.
     """
-    from sklearn.covariance import ledoit_wolf
+    projections = cross_fitted_projections(X, member, seed)
+    return 0.0 if projections is None else separability(projections[:, None], member.astype(int))
 
-    folds = _folds(member, seed)
-    projections = np.full(len(X), np.nan)
-    for fold in range(FOLDS):
-        inside, outside = X[(folds != fold) & member], X[(folds != fold) & ~member]
-        if len(inside) < 2 or len(outside) < 2:
-            return 0.0
-        centers = inside.mean(axis=0), outside.mean(axis=0)
-        within, _ = ledoit_wolf(np.concatenate([inside - centers[0], outside - centers[1]]), assume_centered=True)
-        if not within.any():
-            return 0.0
-        w = np.linalg.lstsq(within, centers[0] - centers[1], rcond=None)[0]
-        deviation = np.sqrt(w @ within @ w)
-        if deviation == 0:
-            return 0.0
-        held = folds == fold
-        projections[held] = (X[held] - (centers[0] + centers[1]) / 2) @ w / deviation
-    return separability(projections[:, None], member.astype(int))
+
+def shrunk_covariance(residuals: np.ndarray) -> np.ndarray:
+    """Return the covariance (d, d) of centred rows (n, d), shrunk towards a multiple of the identity.
+
+    Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004.
+    """
+    n, d = residuals.shape
+    sample = residuals.T @ residuals / n
+    mean = np.trace(sample) / d
+    squared = float((sample**2).sum())
+    distance = squared / d - mean**2
+    if distance <= 0:
+        return sample
+    fourth = float(((residuals**2).sum(axis=1) ** 2).sum()) / n
+    error = min((fourth - squared) / (n * d), distance)
+    share = error / distance
+    return (1 - share) * sample + share * mean * np.eye(d)
+
+
+def _solve(within: np.ndarray, difference: np.ndarray) -> np.ndarray:
+    try:
+        w: np.ndarray = np.linalg.solve(within, difference)
+        if np.isfinite(w).all():
+            return w
+    except np.linalg.LinAlgError:
+        pass
+    return np.linalg.lstsq(within, difference, rcond=None)[0]
 
 
 def structureless_null(n: int, size: int, seed: int = 0) -> np.ndarray:
@@ -100,38 +154,54 @@ def structureless_null(n: int, size: int, seed: int = 0) -> np.ndarray:
 
 
 def structureless_p_value(score: float, n: int, size: int, seed: int = 0) -> float:
-    """Return how often a class without structure separates a cluster of that size as well: (1 + hits) / 1000.
+    """Return how likely a class without structure separates a cluster of that size as well.
 
-    The null is drawn for at most 300 samples in the same proportion: more would only narrow it.
+    The logarithm of the null is taken for normal, so that p-values reach far below one over the number of draws,
+    which a choice among hundreds of clusters asks for. It is drawn for at most 300 samples in the same proportion:
+    more would only narrow it.
     """
+    if score <= 0:
+        return 1.0
+    center, spread = _log_null(n, size, seed)
+    return float(norm.sf((np.log(score) - center) / spread))
+
+
+@lru_cache(maxsize=4096)
+def _log_null(n: int, size: int, seed: int) -> tuple[float, float]:
     scale = min(1.0, 300 / n)
-    null = structureless_null(max(4, round(n * scale)), max(2, round(size * scale)), seed)
-    return float((1 + (null >= score).sum()) / (1 + DRAWS))
+    logs = np.log(structureless_null(max(4, round(n * scale)), max(2, round(size * scale)), seed))
+    return float(logs.mean()), float(logs.std(ddof=1))
 
 
-def outlier_p_value(score: float, others: Sequence[float]) -> float:
-    """Return how extraordinary a score is beside the best scores of the other classes.
+def outlier_p_value(
+    score: float, others: Sequence[float], prior: float = PRIOR_SPREAD, weight: float = PRIOR_WEIGHT
+) -> float:
+    """Return how extraordinary a class's score is beside the scores of the other classes.
 
-    The logarithms are taken for normal; the p-value is that of Student's prediction interval for one more draw. Natural
-    kinds of images make clusters too: what an artifact makes has to stand out from them.
+    Natural kinds of images make clusters too: what an artifact makes has to stand out from them. Scores are taken for
+    normal and the p-value is that of Student's prediction interval for one more draw. Since few classes tell little
+    about their spread, it is moderated as in Smyth (2004): `prior` counts like `weight` further degrees of freedom.
 
     Parameters
     ----------
     score : float
-        Of the cluster or class.
+        Of the cluster or class, on a scale where natural ones are about normal, such as a logarithm.
     others : sequence of float
         Best score of each other class. With fewer than three there is nothing to compare with, and the answer is 0.
+    prior, weight : float
+        Usual standard deviation of natural classes' scores, and how many degrees of freedom it is worth.
 
     Returns
     -------
     float
     """
-    logs = np.log(np.maximum([other for other in others if other > 0], 1e-6))
-    m = len(logs)
+    values = np.asarray([other for other in others if np.isfinite(other)], dtype=np.float64)
+    m = len(values)
     if m < 3:
         return 0.0
-    spread = max(float(logs.std(ddof=1)), 0.1) * np.sqrt(1 + 1 / m)
-    return float(t.sf((np.log(max(score, 1e-6)) - logs.mean()) / spread, df=m - 1))
+    freedom = m - 1 + weight
+    variance = ((m - 1) * values.var(ddof=1) + weight * prior**2) / freedom
+    return float(t.sf((score - values.mean()) / np.sqrt(variance * (1 + 1 / m)), df=freedom))
 
 
 def _folds(member: np.ndarray, seed: int) -> np.ndarray:

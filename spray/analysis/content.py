@@ -1,0 +1,157 @@
+"""What the images of a cluster of heatmaps have in common where the relevance is: the mark of an artifact.
+
+Natural kinds of images make clusters too: bags with and without handles, boots with and without heels. Their heatmaps
+are alike, and their images vary everywhere. An artifact is the same in all its images at the place of the relevance,
+while what is around it varies as it does in the rest of the class. Images that are near-duplicates are alike at the
+place and around it, so that neither they nor flat surfaces pass for artifacts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy.ndimage import gaussian_filter
+
+SIDE = 32
+"""Images with longer sides are best averaged down to about so many pixels."""
+
+REACH = 2
+"""By how many pixels an image's window may be moved to match the others'."""
+
+NOISE = 0.03**2
+"""Mean squared difference that nobody would see, of pixels in [0, 1]."""
+
+STARTS, AVERAGED, ROUNDS = 12, 64, 2
+"""Members tried as first template; members that the template is the median of; turns of aligning."""
+
+
+def relevance_peaks(relevance: np.ndarray, sigma: float = 1.0) -> np.ndarray:
+    """Return where each heatmap has the most positive relevance after a blur.
+
+    Parameters
+    ----------
+    relevance : ndarray
+        (n, H, W).
+    sigma : float
+        Of the blur, in pixels.
+
+    Returns
+    -------
+    ndarray of int64
+        (n, 2): row and column.
+    """
+    blurred = gaussian_filter(np.maximum(relevance, 0), (0, sigma, sigma))
+    at = blurred.reshape(len(blurred), -1).argmax(axis=1)
+    return np.stack(np.unravel_index(at, relevance.shape[1:]), axis=1)
+
+
+def place_of_gain(relevance: np.ndarray, member: np.ndarray, sigma: float = 1.0) -> np.ndarray:
+    """Return the pixel (2,) where a cluster's mean share of positive relevance exceeds the rest's the most."""
+    share = np.maximum(relevance, 0) / np.maximum(np.abs(relevance).sum(axis=(1, 2), keepdims=True), 1e-30)
+    gain = gaussian_filter(share[member].mean(axis=0) - share[~member].mean(axis=0), sigma)
+    return np.array(np.unravel_index(gain.argmax(), gain.shape))
+
+
+def shared_content(images: np.ndarray, relevance: np.ndarray, member: np.ndarray) -> float:
+    """Return how much more alike a cluster's images are where the relevance is than around it, beside the class.
+
+    At each place a window is compared with a template, the median over the cluster of windows that are moved by up
+    to two pixels to match it. With d the median over samples of the mean squared difference, the result is
+
+        log (d_rest + e) / (d_cluster + e)  inside the window, less the same of a ring around it,
+
+    where e is what nobody would see. Two places are tried, and the better one counts: where each sample has most
+    relevance (an artifact that is somewhere else in each image), and where the cluster has more of it than the rest
+    (one at a fixed place, though other parts may have more relevance).
+
+    Parameters
+    ----------
+    images : ndarray
+        (n, C, H, W) in [0, 1]: of a class, or some of it.
+    relevance : ndarray
+        (n, H, W): their heatmaps.
+    member : ndarray of bool
+        (n,): who is in the cluster.
+
+    Returns
+    -------
+    float
+        0 or less where the cluster's content varies as much as the rest's; 0 if one side has fewer than two samples.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    """
+    if images.ndim != 4 or relevance.shape != (len(images), *images.shape[2:]) or member.shape != (len(images),):
+        raise ValueError(f"images {images.shape}, relevance {relevance.shape} and members {member.shape} do not fit")
+    if member.sum() < 2 or (~member).sum() < 2:
+        return 0.0
+    everywhere = np.tile(place_of_gain(relevance, member), (len(images), 1))
+    return max(_at(images, places, member) for places in (relevance_peaks(relevance), everywhere))
+
+
+def window_sides(height: int, width: int) -> tuple[int, int]:
+    """Return the odd sides of the window and of the ring around it: about a quarter and a half of an image's."""
+    unit = 2 * max(1, round(min(height, width) / 9))
+    return unit + 1, 2 * unit + 1
+
+
+def _at(images: np.ndarray, places: np.ndarray, member: np.ndarray) -> float:
+    inner, outer = window_sides(*images.shape[2:])
+    wide = _windows(images, places, outer + 2 * REACH)
+    margin = (outer - inner) // 2
+    core = wide[:, :, margin : wide.shape[2] - margin, margin : wide.shape[3] - margin]
+    moved = sliding_window_view(core, (inner, inner), axis=(2, 3))
+    # (n, shifts, pixels): each window at each of its shifts.
+    shifts = moved.transpose(0, 2, 3, 1, 4, 5).reshape(len(images), (2 * REACH + 1) ** 2, -1)
+    template = _template(shifts, member)
+    distance, best = _distances(shifts, template)
+    rows, columns = np.divmod(best, 2 * REACH + 1)
+    around = sliding_window_view(wide, (outer, outer), axis=(2, 3))[np.arange(len(images)), :, rows, columns]
+    ring = np.ones((outer, outer), dtype=bool)
+    ring[margin:-margin, margin:-margin] = False
+    ringed = around[:, :, ring].reshape(len(images), -1)
+    typical = np.median(_spread(ringed, member), axis=0)
+    other = ((ringed - typical) ** 2).mean(axis=1)
+    return _ratio(distance, member) - _ratio(other, member)
+
+
+def _windows(images: np.ndarray, places: np.ndarray, side: int) -> np.ndarray:
+    """Return square windows (n, C, side, side) around places (n, 2); border pixels continue an image."""
+    half = side // 2
+    padded = np.pad(images, ((0, 0), (0, 0), (half, half), (half, half)), mode="edge")
+    rows, columns = (places[:, axis, None] + np.arange(side) for axis in (0, 1))
+    sample = np.arange(len(images))[:, None, None]
+    cut: np.ndarray = padded.transpose(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
+    return cut.transpose(0, 3, 1, 2)
+
+
+def _template(shifts: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """Return the median of the members' windows, aligned, from the member on that most others come close to."""
+    some = _spread(shifts, member)
+    middle = shifts.shape[1] // 2
+    starts = some[:: max(1, len(some) // STARTS), middle]
+    template = min(starts, key=lambda start: float(np.median(_distances(some, start)[0])))
+    for _ in range(ROUNDS):
+        _, best = _distances(some, template)
+        template = np.median(some[np.arange(len(some)), best], axis=0)
+    return template
+
+
+def _distances(shifts: np.ndarray, template: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each sample's mean squared difference at its best shift, and which shift that is."""
+    squares = np.einsum("nsp,nsp->ns", shifts, shifts)
+    distances = (squares - 2 * shifts @ template + template @ template) / shifts.shape[2]
+    best = distances.argmin(axis=1)
+    return np.maximum(distances[np.arange(len(shifts)), best], 0), best
+
+
+def _spread(values: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """Return the members' values, or of many members some that are spread evenly."""
+    where = np.flatnonzero(member)
+    return values[where[:: max(1, -(-len(where) // AVERAGED))]]
+
+
+def _ratio(distance: np.ndarray, member: np.ndarray) -> float:
+    return float(np.log((np.median(distance[~member]) + NOISE) / (np.median(distance[member]) + NOISE)))
