@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
+from threadpoolctl import threadpool_limits
 
 from spray.analysis import eigen, eigengap, spectral_embedding
-from spray.analysis.spectral import neighbor_graph
+from spray.analysis.spectral import graph_embedding, neighbor_graph
+from spray.errors import UserError
 
 
 def slow_graph(X: np.ndarray, k: int) -> np.ndarray:
@@ -114,6 +119,88 @@ def test_duplicated_samples_have_a_proper_spectrum() -> None:
 def test_a_complete_graph_has_its_known_spectrum() -> None:
     eigenvalues, _ = spectral_embedding(cloud(9), n_neighbors=30, n_components=30)
     np.testing.assert_allclose(eigenvalues, [0] + [9 / 8] * 8, atol=1e-12)
+
+
+def test_of_more_components_than_columns_the_largest_are_kept() -> None:
+    sizes = [12, 30, 12, 50, 12, 41]
+    eigenvalues, embedding = spectral_embedding(blocks(sizes), 5, 3)
+    np.testing.assert_array_equal(eigenvalues, 0)
+    part = np.repeat(np.arange(6), sizes)
+    assert [set(part[column != 0]) for column in embedding.T] == [{3}, {5}, {1}]
+
+
+def test_equally_large_components_come_in_the_order_of_their_samples() -> None:
+    X = blocks([12] * 6)
+    order = np.random.default_rng(0).permutation(72)
+    _, embedding = spectral_embedding(X[order], 5, 6)
+    first = [int(np.flatnonzero(column)[0]) for column in embedding.T]
+    assert first == sorted(first)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_metric_and_the_search_are_passed_on(metric: str) -> None:
+    X = cloud(150) + 3
+    lengths = np.linalg.norm(X, axis=1, keepdims=True)
+    graph = slow_graph(X / lengths if metric == "cosine" else X, 6)
+    np.testing.assert_array_equal(neighbor_graph(X, 6, metric, "cells").toarray(), graph)
+    eigenvalues, embedding = spectral_embedding(X, 6, 8, metric=metric, method="cells")
+    np.testing.assert_allclose(laplacian(graph) @ embedding, embedding * eigenvalues, atol=1e-9)
+    with pytest.raises(UserError, match="no neighbour search"):
+        spectral_embedding(X, method="other")
+
+
+def test_single_precision_spans_what_a_dense_computation_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    X = np.concatenate([cloud(700, 3), cloud(500, 3, 1) + 4, cloud(60, 3, 2) + 100])
+    L = laplacian(neighbor_graph(X, 8).toarray())
+    values, vectors = np.linalg.eigh(L)
+    monkeypatch.setattr(eigen, "DOUBLE", 100)
+    eigenvalues, embedding = spectral_embedding(X, 8, 20)
+    assert list(eigenvalues[:2]) == [0, 0]
+    np.testing.assert_allclose(eigenvalues, values[:20], atol=1e-8)
+    np.testing.assert_allclose(embedding.T @ embedding, np.eye(20), atol=1e-12)
+    assert np.linalg.norm(L @ embedding - embedding * eigenvalues, axis=0).max() < 1e-4
+    assert np.linalg.svd(vectors[:, :20].T @ embedding)[1].min() > 1 - 1e-5
+
+
+@pytest.mark.parametrize("double", [100, 10**6])
+def test_the_same_bits_whatever_the_number_of_threads(monkeypatch: pytest.MonkeyPatch, double: int) -> None:
+    monkeypatch.setattr(eigen, "DOUBLE", double)
+    X, found = cloud(1500, 4), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            with threadpool_limits(count):
+                found.append(spectral_embedding(X, 10, 12))
+    finally:
+        torch.set_num_threads(threads)
+    for eigenvalues, embedding in found[1:]:
+        np.testing.assert_array_equal(eigenvalues, found[0][0])
+        np.testing.assert_array_equal(embedding, found[0][1])
+
+
+def test_thousands_of_components_take_no_time() -> None:
+    X = np.repeat(np.random.default_rng(0).normal(size=(5000, 3)), 4, axis=0)
+    start = time.process_time()
+    eigenvalues, embedding = spectral_embedding(X, 3, 32)
+    assert time.process_time() - start < 20
+    np.testing.assert_array_equal(eigenvalues, 0)
+    np.testing.assert_array_equal((embedding != 0).sum(axis=0), 4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_a_path_has_its_known_spectrum(n: int) -> None:
+    """The normalised Laplacian of a path has the eigenvalues 1 - cos(πk / (n - 1))."""
+    path = csr_matrix(np.diag(np.ones(n - 1), 1) + np.diag(np.ones(n - 1), -1))
+    eigenvalues, embedding = graph_embedding(path, 32)
+    np.testing.assert_allclose(eigenvalues, 1 - np.cos(np.pi * np.arange(n) / max(1, n - 1)), atol=1e-12)
+    assert embedding.shape == (n, n)
+
+
+def test_an_embedding_has_at_least_one_dimension() -> None:
+    assert spectral_embedding(cloud(30), 5, 1)[1].shape == (30, 1)
+    with pytest.raises(UserError, match="n_components=0"):
+        spectral_embedding(cloud(30), 5, 0)
 
 
 def test_signs_are_fixed_and_runs_agree(monkeypatch: pytest.MonkeyPatch) -> None:
