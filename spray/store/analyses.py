@@ -55,7 +55,13 @@ def open_analysis(path: Path, n_samples: int | None = None) -> Analysis:
     UserError
         If the file is missing, damaged, cut off, isn't HDF5 or refers to other files; see `open_foreign`.
     """
-    return Analysis(Path(path), open_foreign(Path(path)), n_samples)
+    file = open_foreign(Path(path))
+    try:
+        with reading_errors(Path(path)):
+            return Analysis(Path(path), file, n_samples)
+    except BaseException:
+        file.close()
+        raise
 
 
 class Analysis:
@@ -94,7 +100,8 @@ class Analysis:
         if name not in self.names:
             what = f"no group {name}" if isinstance(which, str) else f"no group for class {which}"
             raise UserError(f"{self.path} has {what}, but {', '.join(self.names) or 'none at all'}; {REMEDY}")
-        return AnalysisGroup(self.path, self._file[name], self._n_samples)
+        with reading_errors(self.path):
+            return AnalysisGroup(self.path, self._file[name], self._n_samples)
 
 
 class AnalysisGroup:
