@@ -173,12 +173,12 @@ def test_analysis(run: Run) -> None:
 
 def test_ranking(run: Run) -> None:
     ranking = run.json("ranking.json")
-    common = {"class_index", "class_name", "separability", "p_value", "rank"}
+    common = {"class_index", "class_name", "separability", "p_value", "q_value", "rank"}
     for kind, keys in (("classes", {"n"}), ("clusters", {"cluster", "size"})):
         rows = ranking[kind]
         assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
-        separabilities = [row["separability"] for row in rows]
-        assert separabilities == sorted(separabilities, reverse=True)
+        scores = [row["score"] for row in rows]
+        assert scores == sorted(scores, reverse=True)
         for row in rows:
             assert set(row) >= common | keys
             assert row["class_name"] == CLASSES[row["class_index"]]

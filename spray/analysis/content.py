@@ -21,8 +21,9 @@ REACH = 2
 NOISE = 0.03**2
 """Mean squared difference that nobody would see, of pixels in [0, 1]."""
 
-STARTS, AVERAGED, ROUNDS = 12, 64, 2
-"""Members tried as first template; members that the template is the median of; turns of aligning."""
+MOST, STARTS, AVERAGED, ROUNDS = 150, 12, 64, 2
+"""Samples of the cluster, and of the rest, that are looked at; members tried as first template; members that the
+template is the median of; turns of aligning."""
 
 
 def relevance_peaks(relevance: np.ndarray, sigma: float = 1.0) -> np.ndarray:
@@ -87,7 +88,10 @@ def shared_content(images: np.ndarray, relevance: np.ndarray, member: np.ndarray
         raise ValueError(f"images {images.shape}, relevance {relevance.shape} and members {member.shape} do not fit")
     if member.sum() < 2 or (~member).sum() < 2:
         return 0.0
-    everywhere = np.tile(place_of_gain(relevance, member), (len(images), 1))
+    gain = place_of_gain(relevance, member)
+    some = np.sort(np.concatenate([_even(np.flatnonzero(side), MOST) for side in (member, ~member)]))
+    images, relevance, member = images[some], relevance[some], member[some]
+    everywhere = np.tile(gain, (len(images), 1))
     return max(_at(images, places, member) for places in (relevance_peaks(relevance), everywhere))
 
 
@@ -149,8 +153,12 @@ def _distances(shifts: np.ndarray, template: np.ndarray) -> tuple[np.ndarray, np
 
 def _spread(values: np.ndarray, member: np.ndarray) -> np.ndarray:
     """Return the members' values, or of many members some that are spread evenly."""
-    where = np.flatnonzero(member)
-    return values[where[:: max(1, -(-len(where) // AVERAGED))]]
+    return values[_even(np.flatnonzero(member), AVERAGED)]
+
+
+def _even(indices: np.ndarray, most: int) -> np.ndarray:
+    """Return at most so many of the indices, spread evenly."""
+    return indices[:: max(1, -(-len(indices) // most))]
 
 
 def _ratio(distance: np.ndarray, member: np.ndarray) -> float:
