@@ -116,6 +116,11 @@ def check_analysis(config: SprayConfig, stages: Collection[str] = ()) -> None:
     preprocessing_of(options)
     clusterings_of(options)
     layers = stored_layers(config)
+    if not options.source:
+        raise UserError(
+            "analysis.source is not set; give an inner layer, as in model.named_modules(), that is stored as well: "
+            "analysis.source=layer3 attribution.layer=[layer3]"
+        )
     if options.source != "attribution" and options.source not in layers:
         stored = f"analysis.source has to be attribution or one of {', '.join(layers)}, or " if layers else ""
         raise UserError(

@@ -78,7 +78,7 @@ def run(context: Context) -> dict[str, Any]:
                 else:
                     _analyze(context, at, features)
     for title in small:
-        context.log.warning("%s has fewer than %d heatmaps: too few to cluster", title, FEWEST)
+        context.log.warning("group %r has fewer than %d heatmaps: too few to cluster", title, FEWEST)
     return {"groups": len(groups), "too_small": small}
 
 
@@ -134,14 +134,14 @@ def _groups(context: Context, attributions: Attributions) -> Iterator[Group]:
     labels = np.asarray(train.labels)
     if "class" in kinds:
         for c, name in enumerate(train.classes):
-            yield Group(class_group(c), "class", f"class {name!r}", np.flatnonzero(labels == c))
+            yield Group(class_group(c), "class", name, np.flatnonzero(labels == c))
     explained = np.flatnonzero(attributions.valid)
     if "predicted" in kinds:
         parts = [part.argmax(axis=1) for _, part in attributions.batches(explained, name="prediction")]
         predicted = np.concatenate([np.zeros(0, np.int64), *parts])
         for c, name in enumerate(train.classes):
             if len(index := explained[predicted == c]):
-                yield Group(predicted_group(c), "predicted", f"predicted as {name!r}", index)
+                yield Group(predicted_group(c), "predicted", f"predicted as {name}", index)
     if "all" in kinds:
         yield Group(ALL, "all", "all samples", explained)
 

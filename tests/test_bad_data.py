@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -131,3 +132,49 @@ def test_names_of_classes_do_no_harm(tmp_path: Path) -> None:
     ranking = assert_finished(said, run_dir)
     assert {row["class_name"] for row in ranking["classes"]} == set(names.values())
     assert "<script>alert" not in (run_dir / "report.html").read_text()
+
+
+def test_other_groups_change_nothing_for_those_who_work_on_classes(start: Start, tmp_path: Path) -> None:
+    sizes, run_dir = {"coffee": 24, "stone": 24}, tmp_path / "run"
+    ranking = assert_finished(start(sizes, "correction.methods=[]"), run_dir)
+    artifacts = (run_dir / "artifacts.json").read_bytes()
+    again = small.run(
+        *("experiment=image_folder", *QUICK, f"run_dir={run_dir}", "correction.methods=[]"),
+        *(f"dataset.{part}={tmp_path / part}" for part in ("train", "test")),
+        *(f"model.factory={tmp_path / 'my_model.py'}:build", "analysis.groups=[all,predicted,class]"),
+    )
+    assert assert_finished(again, run_dir) == ranking
+    assert "train: up to date" in again.out
+    assert (run_dir / "artifacts.json").read_bytes() == artifacts
+    with h5py.File(run_dir / "analysis.h5") as file:
+        assert "all" in file
+        # All that ViRelAy asks of a category.
+        assert all({"index", "embedding", "cluster"} <= set(group) for group in file.values())
+
+
+def test_damaged_analyses_are_told(start: Start, tmp_path: Path) -> None:
+    sizes = {"coffee": 24, "stone": 24}
+    assert_finished(start(sizes, "correction.methods=[]"), tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    with h5py.File(tmp_path / "run/analysis.h5", "a") as file:
+        for group in file.values():
+            del group["index"]
+    data = (tmp_path / "run/analysis.h5").read_bytes()
+    said = record["stages"]["analyze"]["outputs"]["analysis.h5"]
+    said.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    for name, stage in (("artifacts.json", "isolate"), ("report.html", "report")):
+        (tmp_path / "run" / name).unlink()
+        again = small.run(
+            *("experiment=image_folder", *QUICK, f"run_dir={tmp_path / 'run'}", "correction.methods=[]"),
+            *(f"dataset.{part}={tmp_path / part}" for part in ("train", "test")),
+            *(f"model.factory={tmp_path / 'my_model.py'}:build", f"stages=[{stage}]"),
+        )
+        assert_refused(again, "analysis.h5 has no /0000000", "/index", "start the run again")
+        if stage == "isolate":
+            (tmp_path / "run" / name).write_text(json.dumps({"artifacts": []}))
+            record["stages"]["isolate"]["outputs"][name] = {
+                "bytes": len((tmp_path / "run" / name).read_bytes()),
+                "sha256": hashlib.sha256((tmp_path / "run" / name).read_bytes()).hexdigest(),
+            }
+            (tmp_path / "run/run.json").write_text(json.dumps(record))
