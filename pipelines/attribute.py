@@ -11,7 +11,7 @@ import csv
 import io
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from spray.pipelines.context import Context
 from spray.pipelines.record import digest, stamp
 from spray.pipelines.stage import Stage
 from spray.storage import read_json, sha256, write_json, write_text
-from spray.store.assemble import assemble
+from spray.store.ahead import AssemblingAhead
+from spray.store.assemble import Progress, assemble
 from spray.store.shards import DamagedShardError, Shard, ShardFacts, plan_shards, shard_header
 
 RESULT, QUARANTINED = "attributions.h5", "quarantined.csv"
@@ -52,11 +53,20 @@ def run(context: Context) -> dict[str, Any]:
     missing = [shard for shard in shards if not _is_there(job, shard)]
     _tell(context, job, len(shards), len(missing))
     tally = Tally(context)
-    if missing:
-        backend(context.config.compute.name)(context, job, missing, tally)
-        if tally.empty == tally.samples - tally.quarantined:
-            raise UserError("every heatmap is zero: the model does not respond to its input; check its weights")
-    results = _assemble(context, job, shards, tally)
+    with AssemblingAhead(_assembly(context, job, shards)) as assembling:
+        there = {shard.number for shard in shards} - {shard.number for shard in missing}
+        for number in sorted(there):
+            assembling.ready(number)
+
+        def on_done(result: ShardResult) -> None:
+            tally(result)
+            assembling.ready(result.number)
+
+        if missing:
+            backend(context.config.compute.name)(context, job, missing, on_done)
+            if tally.empty == tally.samples - tally.quarantined:
+                raise UserError("every heatmap is zero: the model does not respond to its input; check its weights")
+        results = _assemble(context, job, shards, tally, assembling)
     facts = _facts(context, results)
     _write_quarantined(context, results)
     write_json(job.folder / "assembled.json", {"stamp": stamp(context.run_dir / RESULT), "facts": facts})
@@ -129,16 +139,24 @@ def _tell(context: Context, job: Job, shards: int, missing: int) -> None:
         )
 
 
-def _assemble(context: Context, job: Job, shards: Sequence[Shard], tally: Tally) -> list[ShardFacts]:
-    """Stream the shards into the final file; those that are damaged are computed again."""
+def _assembly(context: Context, job: Job, shards: Sequence[Shard]) -> Callable[[Progress], list[ShardFacts]]:
+    """Return what streams the shards into the final file."""
     options = context.config.attribution
     attributes = {name: str(getattr(options, name)) for name in ("method", "composite", "target", "channels")}
-    layout = layout_of(context, job.shard_size)
+    layout, path = layout_of(context, job.shard_size), context.run_dir / RESULT
+    return lambda progress: assemble(job.folder, shards, job.key, layout, path, attributes, progress)
+
+
+def _assemble(
+    context: Context, job: Job, shards: Sequence[Shard], tally: Tally, ahead: AssemblingAhead
+) -> list[ShardFacts]:
+    """Have the shards streamed into the final file; those that are damaged are computed again."""
     repairs: Counter[Path] = Counter()
     while True:
         try:
-            result = context.run_dir / RESULT
-            return assemble(job.folder, shards, job.key, layout, result, attributes, context.progress)
+            if not repairs:
+                return ahead.finish(len(shards), context.progress)
+            return _assembly(context, job, shards)(context.progress)
         except DamagedShardError as error:
             repairs[error.path] += 1
             if repairs[error.path] > MOST_REPAIRS:

@@ -181,17 +181,17 @@ def test_a_worker_can_probe_samples_and_keeps_nothing(
 def test_a_damaged_shard_is_computed_again(project: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     import spray.pipelines.attribute as stage
 
-    original, broken = stage.assemble, []
+    ready, broken = stage.AssemblingAhead.ready, []
 
-    def assemble(folder: Path, *arguments: object) -> object:
-        if not broken:
-            broken.append(folder / "000002.h5")
+    def damage(self: object, number: int) -> None:
+        if number == 2 and not broken:
+            broken.extend((project[0] / "damaged/shards").glob("*/000002.h5"))
             data = bytearray(broken[0].read_bytes())
             data[len(data) // 2] ^= 1
             broken[0].write_bytes(data)
-        return original(folder, *arguments)  # type: ignore[arg-type]
+        ready(self, number)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage, "assemble", assemble)
+    monkeypatch.setattr(stage.AssemblingAhead, "ready", damage)
     said = started(project, "damaged")
     assert said.code == 0, said.err
     assert "000002.h5" in said.out

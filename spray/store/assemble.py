@@ -18,6 +18,9 @@ from spray.store.shards import Shard, ShardFacts, read_shard, rows_sha256, shard
 
 FORMAT = "spray attributions 2"
 
+TOGETHER, COMPARED = "shards put together", "shards compared"
+"""What `assemble` goes through its shards for, first and then."""
+
 Progress = Callable[[Iterable[Shard], int, str], Iterable[Shard]]
 
 
@@ -77,7 +80,7 @@ def assemble(
         with closing(file):
             _describe(file, {**attributes, "key": key, "format": FORMAT, "shard_size": layout.shard_size})
             datasets = layout.create(file, layout.n)
-            copied = through(shards, len(shards), "shards put together")
+            copied = through(shards, len(shards), TOGETHER)
             facts = []
             for shard, fact in _verified(lambda each: read_shard(folder / each.name, each, key, layout), copied):
                 for chunk in shard_chunks(folder / shard.name, shard, layout):
@@ -85,7 +88,7 @@ def assemble(
                 facts.append(fact)
             _write_digests(file, facts)
         _forget(temporary)
-        compared = zip(through(shards, len(shards), "shards compared"), facts, strict=True)
+        compared = zip(through(shards, len(shards), COMPARED), facts, strict=True)
         if not _gives_back(temporary, layout, compared):
             raise UserError(
                 f"{path}: the disk doesn't give back what was written to it; check the disk, then start again: what "
