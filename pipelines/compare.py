@@ -64,8 +64,8 @@ def run(context: Context) -> dict[str, Any]:
         for group in context.progress(groups, len(groups), "classes compared"):
             sides, index = _sides(context, group, (ours, theirs), grid)
             for own in (0, 1):
-                options = context.config.analysis
-                rows = compare(sides[own], sides[1 - own], options.n_neighbors, context.config.seed)
+                options, seed = context.config.analysis, context.config.seed
+                rows = compare(sides[own], sides[1 - own], options.n_neighbors, options.metric, seed)
                 found.append(Found(own, group.class_index, group.title, index, rows))
         caveats = _caveats(ours, theirs, folder)
         facts = _write(context, folder, names, found, caveats, "", (ours, theirs))

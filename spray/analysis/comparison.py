@@ -33,8 +33,8 @@ from spray.analysis.comparison_rule import (
     ratio,
     verdict,
 )
+from spray.analysis.neighbors import neighbor_graph
 from spray.analysis.ranking import cross_fitted_separability, principal_components
-from spray.analysis.spectral import neighbor_graph
 
 MOST = 0.75
 """Share of the smaller of two clusters that makes it a part of the other."""
@@ -106,7 +106,7 @@ class Compared:
         return ratio(self.cohesion)
 
 
-def compare(a: Side, b: Side, n_neighbors: int = 10, seed: int = 0) -> list[Compared]:
+def compare(a: Side, b: Side, n_neighbors: int = 10, metric: str = "euclidean", seed: int = 0) -> list[Compared]:
     """Look for the counterpart of every cluster of `a` in `b`.
 
     Parameters
@@ -115,6 +115,8 @@ def compare(a: Side, b: Side, n_neighbors: int = 10, seed: int = 0) -> list[Comp
         Two models on the same samples.
     n_neighbors : int
         Of the neighbour graph in which cohesion is measured.
+    metric : str
+        Of that graph: "euclidean" or "cosine".
     seed : int
         Of the folds of the cross-fitting.
 
@@ -134,7 +136,7 @@ def compare(a: Side, b: Side, n_neighbors: int = 10, seed: int = 0) -> list[Comp
         raise ValueError(f"both models must be given for the same samples, not for {sorted(lengths)}")
     if not (chosen := distinct_clusters(a.clusterings)):
         return []
-    graphs = [neighbor_graph(side.features, n_neighbors) for side in (a, b)]
+    graphs = [neighbor_graph(side.features, n_neighbors, metric, seed=seed) for side in (a, b)]
     components = [principal_components(side.features, seed=seed) for side in (a, b)]
     others = [(f"{name}/{label}", member) for name, label, member in _clusters(b.clusterings)]
     rows = []
