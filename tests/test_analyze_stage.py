@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
+from torch import nn
 
 from spray.analysis.clustering import CLUSTERINGS
 from spray.errors import UserError
@@ -21,6 +23,7 @@ from spray.pipelines import analyze
 from spray.pipelines.analysis_options import check_analysis, clusterings_of
 from spray.pipelines.config import SprayConfig
 from spray.pipelines.context import Context
+from spray.pipelines.plan import written_bytes
 from spray.store.analyses import open_analysis
 
 CLASSES = ("cat", "dog", "eel")
@@ -69,7 +72,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
 
 
 class Data:
-    classes, labels = CLASSES, LABELS
+    classes, labels, image_shape = CLASSES, LABELS, (2, SIDE, SIDE)
 
     def __len__(self) -> int:
         return N
@@ -184,6 +187,17 @@ def test_the_same_bytes_again_and_with_another_number_of_threads(stage: Stage) -
         first = contents(stage(**options))
     with threadpool_limits(2):
         assert contents(stage(**options)) == first
+
+
+def test_the_plan_knows_the_size(stage: Stage, tmp_path: Path) -> None:
+    options = {"groups": ["class", "all"], "clusterings": ["kmeans", "hdbscan"], "n_clusters": [2, 3]}
+    with h5py.File(stage(**options)) as file:
+        written: list[int] = []
+        file.visititems(lambda name, item: written.append(item.nbytes) if isinstance(item, h5py.Dataset) else None)
+    config = SprayConfig()
+    config.analysis = replace(config.analysis, umap=False, **options)
+    planned = written_bytes(Context(config, tmp_path, logging.getLogger("spray.test")), ["analyze"], nn.Identity())
+    assert planned["analysis.h5"] == pytest.approx(sum(written), rel=0.01)  # but for the one that isn't explained
 
 
 def test_too_few_samples_make_a_group_of_the_same_form(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,20 @@ Lapuschkin et al., "Unmasking Clever Hans predictors and assessing what machines
 
 from spray.analysis.clustering import CLUSTERINGS, cluster
 from spray.analysis.fisher import separability
-from spray.analysis.preprocessing import heatmap_features
+from spray.analysis.preprocessing import Preprocessing, heatmap_features
+from spray.analysis.projection import PROJECTIONS, project
 from spray.analysis.spectral import eigengap, spectral_embedding
+from spray.analysis.steps import STEPS
 
-__all__ = ["CLUSTERINGS", "cluster", "eigengap", "heatmap_features", "separability", "spectral_embedding"]
+__all__ = [
+    "CLUSTERINGS",
+    "PROJECTIONS",
+    "STEPS",
+    "Preprocessing",
+    "cluster",
+    "eigengap",
+    "heatmap_features",
+    "project",
+    "separability",
+    "spectral_embedding",
+]
