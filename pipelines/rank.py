@@ -9,7 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from spray.analysis import separability
-from spray.analysis.content import SIDE, shared_content
+from spray.analysis.content import SIDE, relevance_peaks, shared_content
 from spray.analysis.fisher import RIDGE
 from spray.analysis.scoring import (
     Candidate,
@@ -105,11 +105,11 @@ def _look(context: Context, chosen: Sequence[Candidate], index: np.ndarray, attr
     wanted = [_even(np.arange(n), SAMPLED), *(_even(np.flatnonzero(x.member), OF_CLUSTER) for x in chosen)]
     used = np.unique(np.concatenate(wanted))
     maps, images = _small(context, index[used], attributions)
-    sharpness = concentration(maps)
+    sharpness, peaks = concentration(maps), relevance_peaks(maps)
     for x in chosen:
         member = x.member[used]
         if "content" in kinds:
-            x.evidence["content"] = shared_content(images, maps, member)
+            x.evidence["content"] = shared_content(images, maps, member, peaks)
         if "concentration" in kinds and sharpness.std() > 0:
             x.evidence["concentration"] = float(
                 (sharpness[member].mean() - sharpness[~member].mean()) / sharpness.std()

@@ -53,7 +53,9 @@ def place_of_gain(relevance: np.ndarray, member: np.ndarray, sigma: float = 1.0)
     return np.array(np.unravel_index(gain.argmax(), gain.shape))
 
 
-def shared_content(images: np.ndarray, relevance: np.ndarray, member: np.ndarray) -> float:
+def shared_content(
+    images: np.ndarray, relevance: np.ndarray, member: np.ndarray, peaks: np.ndarray | None = None
+) -> float:
     """Return how much more alike a cluster's images are where the relevance is than around it, beside the class.
 
     At each place a window is compared with a template, the median over the cluster of windows that are moved by up
@@ -73,6 +75,8 @@ def shared_content(images: np.ndarray, relevance: np.ndarray, member: np.ndarray
         (n, H, W): their heatmaps.
     member : ndarray of bool
         (n,): who is in the cluster.
+    peaks : ndarray of int, optional
+        (n, 2): the heatmaps' `relevance_peaks`, if they are known.
 
     Returns
     -------
@@ -90,9 +94,9 @@ def shared_content(images: np.ndarray, relevance: np.ndarray, member: np.ndarray
         return 0.0
     gain = place_of_gain(relevance, member)
     some = np.sort(np.concatenate([_even(np.flatnonzero(side), MOST) for side in (member, ~member)]))
-    images, relevance, member = images[some], relevance[some], member[some]
-    everywhere = np.tile(gain, (len(images), 1))
-    return max(_at(images, places, member) for places in (relevance_peaks(relevance), everywhere))
+    peaks = relevance_peaks(relevance[some]) if peaks is None else peaks[some]
+    images, member = images[some], member[some]
+    return max(_at(images, places, member) for places in (peaks, np.tile(gain, (len(images), 1))))
 
 
 def window_sides(height: int, width: int) -> tuple[int, int]:
@@ -110,8 +114,9 @@ def _at(images: np.ndarray, places: np.ndarray, member: np.ndarray) -> float:
     # (n, shifts, pixels): each window at each of its shifts.
     shifts = moved.transpose(0, 2, 3, 1, 4, 5).reshape(len(images), (2 * REACH + 1) ** 2, -1)
     template = _template(shifts, member)
-    distance, best = _distances(shifts, template)
-    rows, columns = np.divmod(best, 2 * REACH + 1)
+    distances, best = _distances(shifts, template[None])
+    distance = distances[:, 0]
+    rows, columns = np.divmod(best[:, 0], 2 * REACH + 1)
     around = sliding_window_view(wide, (outer, outer), axis=(2, 3))[np.arange(len(images)), :, rows, columns]
     ring = np.ones((outer, outer), dtype=bool)
     ring[margin:-margin, margin:-margin] = False
@@ -134,21 +139,20 @@ def _windows(images: np.ndarray, places: np.ndarray, side: int) -> np.ndarray:
 def _template(shifts: np.ndarray, member: np.ndarray) -> np.ndarray:
     """Return the median of the members' windows, aligned, from the member on that most others come close to."""
     some = _spread(shifts, member)
-    middle = shifts.shape[1] // 2
-    starts = some[:: max(1, len(some) // STARTS), middle]
-    template = min(starts, key=lambda start: float(np.median(_distances(some, start)[0])))
+    starts = some[:: max(1, len(some) // STARTS), shifts.shape[1] // 2]
+    distances, _ = _distances(some, starts)
+    template = starts[int(np.median(distances, axis=0).argmin())]
     for _ in range(ROUNDS):
-        _, best = _distances(some, template)
-        template = np.median(some[np.arange(len(some)), best], axis=0)
+        _, best = _distances(some, template[None])
+        template = np.median(some[np.arange(len(some)), best[:, 0]], axis=0)
     return template
 
 
-def _distances(shifts: np.ndarray, template: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each sample's mean squared difference at its best shift, and which shift that is."""
-    squares = np.einsum("nsp,nsp->ns", shifts, shifts)
-    distances = (squares - 2 * shifts @ template + template @ template) / shifts.shape[2]
-    best = distances.argmin(axis=1)
-    return np.maximum(distances[np.arange(len(shifts)), best], 0), best
+def _distances(shifts: np.ndarray, templates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each sample's mean squared difference (n, t) from templates (t, p) at its best shift, and that shift."""
+    squares = np.einsum("nsp,nsp->ns", shifts, shifts)[:, :, None]
+    distances = (squares - 2 * shifts @ templates.T + (templates**2).sum(axis=1)) / shifts.shape[2]
+    return np.maximum(distances.min(axis=1), 0), distances.argmin(axis=1)
 
 
 def _spread(values: np.ndarray, member: np.ndarray) -> np.ndarray:
