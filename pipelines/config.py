@@ -149,6 +149,22 @@ class CorrectionConfig:
     methods: list[str] = field(default_factory=lambda: ["a_clarc", "p_clarc"])
     epochs: int = 2
     learning_rate: float = 5e-4
+    # Where latent methods work: auto, output (what the last layer is given) or a module's name; NAME:in is its input.
+    layer: str = "auto"
+    # How an artifact's direction is estimated: pattern, svm, logistic or ridge; of all activations (full) or of
+    # channels, max-pooled over positions (max), or whichever does better (auto); and how many directions.
+    cav: str = "pattern"
+    pooling: str = "auto"
+    directions: int = 1
+    # auto, a number for all methods that have a strength, or a mapping such as {rr_clarc: 10}.
+    strength: Any = "auto"
+    # RR-ClArC's: cosine, or square as in the paper.
+    penalty: str = "cosine"
+    # Whether classes that have no images with the artifact get some made (dfr, group_balanced).
+    fill_groups: bool = True
+    # Share of the training images that layer and strength are chosen on, and the loss of clean accuracy allowed.
+    validation: float = 0.2
+    max_loss: float = 0.005
 
 
 @dataclass

@@ -97,15 +97,22 @@ class Context:
 
     def build_model(self) -> nn.Module:
         """Return the architecture in eval mode on the device, with the checkpoint if one is configured."""
-        from spray.models.loading import build_model, load_checkpoint
+        checkpoint = self.config.model.checkpoint
+        model = self._architecture()
+        if checkpoint is not None:
+            from spray.correction.wrapped import load_weights
+
+            model = load_weights(model, checkpoint)
+        return model.to(self.device).eval()
+
+    def _architecture(self) -> nn.Module:
+        """Return the architecture with freshly initialised weights, on the CPU."""
+        from spray.models.loading import build_model
 
         options = self.config.model
-        model = build_model(
+        return build_model(
             options.name, options.factory, len(self.train.classes), self.train.image_shape, self.config.seed
         )
-        if options.checkpoint is not None:
-            load_checkpoint(model, options.checkpoint)
-        return model.to(self.device).eval()
 
     def explain(self, model: nn.Module, images: Tensor, target: int | Tensor | None) -> Tensor:
         """Return the relevance (n, C, H, W) of normalised images of that shape, computed as configured."""
@@ -173,12 +180,10 @@ class Context:
         return self.load_model(self.run_dir / "model.pt")
 
     def load_model(self, path: Path) -> nn.Module:
-        """Return the architecture in eval mode on the device with the weights at `path`."""
-        from spray.models.loading import load_checkpoint
+        """Return the architecture in eval mode on the device with the weights at `path`, and the projections there."""
+        from spray.correction.wrapped import load_weights
 
-        model = self.build_model()
-        load_checkpoint(model, str(path))
-        return model.to(self.device).eval()
+        return load_weights(self._architecture(), str(path)).to(self.device).eval()
 
     @property
     def batch_size(self) -> int:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
-from spray.correction import CORRECTIONS, Problem, check_methods
+from spray.correction import CORRECTIONS, Options, Problem, check_methods
 from spray.pipelines.context import Context
 from spray.pipelines.isolated import load_findings
 from spray.pipelines.stage import Stage
 from spray.pipelines.weights import save_weights
+
+if TYPE_CHECKING:
+    from spray.pipelines.config import SprayConfig
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -21,7 +25,8 @@ def run(context: Context) -> dict[str, Any]:
         context.log.info("nothing to correct: no artifact passed the causal test")
         return {"artifacts": [], "methods": []}
     methods = check_methods(options.methods)
-    seconds = {}
+    seconds, details = {}, {}
+    shared: dict[Any, Any] = {}
     for method in methods:
         start = time.monotonic()
         problem = Problem(
@@ -34,11 +39,33 @@ def run(context: Context) -> dict[str, Any]:
             learning_rate=options.learning_rate,
             seed=context.config.seed,
             device=context.device,
+            options=correction_options(context.config),
+            shared=shared,
         )
         save_weights(context.run_dir / "corrected" / f"{method}.pt", CORRECTIONS.get(method)(problem))
         seconds[method] = round(time.monotonic() - start, 2)
-        context.log.info("%s: %.0f s", method, seconds[method])
-    return {"artifacts": [name for name, _ in findings], "methods": methods, "seconds": seconds}
+        if problem.facts:
+            details[method] = problem.facts
+        context.log.info("%s: %.0f s%s", method, seconds[method], _chosen(problem.facts))
+    return {
+        "artifacts": [name for name, _ in findings],
+        "methods": methods,
+        "seconds": seconds,
+        "details": details,
+    }
+
+
+def correction_options(config: SprayConfig) -> Options:
+    """Return what the configuration says about how corrections work."""
+    section = config.correction
+    return Options(**{field.name: getattr(section, field.name) for field in fields(Options)})
+
+
+def _chosen(facts: dict[str, Any]) -> str:
+    """Return what was chosen, for the log."""
+    said = ", ".join(f"{key} {value}" for key, value in facts.get("chosen", {}).items())
+    warning = "" if facts.get("within_limit", True) else "; every setting tried costs clean accuracy"
+    return f" ({said}{warning})" if said else ""
 
 
 STAGE = Stage(

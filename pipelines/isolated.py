@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ def load_artifact(path: Path) -> Artifact:
         )
 
 
+def load_scores(path: Path) -> np.ndarray:
+    """Return each training sample's score, float64 (N,), from `scores.csv`."""
+    with path.open(newline="") as file:
+        rows = [(int(row["sample_index"]), float(row["score"])) for row in csv.DictReader(file)]
+    scores = np.full(len(rows), -np.inf)
+    for index, score in rows:
+        scores[index] = score
+    return scores
+
+
 def load_findings(run_dir: Path) -> list[tuple[str, Finding]]:
     """Return id and finding of each artifact that passed the causal test, best first."""
     rows: list[dict[str, Any]] = read_json(run_dir / "artifacts.json")["artifacts"]
@@ -52,6 +63,7 @@ def load_findings(run_dir: Path) -> list[tuple[str, Finding]]:
                 load_artifact(run_dir / "artifacts" / row["id"] / "artifact.npz"),
                 row["class_index"],
                 np.array(row["samples"], dtype=np.int64),
+                load_scores(run_dir / "artifacts" / row["id"] / "scores.csv"),
             ),
         )
         for row in rows

@@ -86,9 +86,11 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
     check_evidence(config)
     check_analysis(config, stages)
     if "correct" in stages and config.correction.methods:
-        from spray.correction import check_methods
+        from spray.correction import check_methods, check_options
+        from spray.pipelines.correct import correction_options
 
         check_methods(config.correction.methods)
+        check_options(correction_options(config))
     if "compare" in stages:
         from spray.pipelines.compare import check
 
@@ -172,10 +174,11 @@ def try_out(context: Context, stages: Collection[str]) -> None:
             kept = kept_arrays(relevance, logits, keeping_of(context.config))
             check_shapes(context.config, {name: values.shape[1:] for name, values in kept.items()})
         check_backend(context)
-    if "correct" in stages and "p_clarc" in context.config.correction.methods:
-        from spray.correction.projection import output_layer
+    if "correct" in stages and context.config.correction.methods:
+        from spray.correction.checks import check_model as check_correction
+        from spray.pipelines.correct import correction_options
 
-        output_layer(model, images)
+        check_correction(model, images, context.config.correction.methods, correction_options(context.config))
 
 
 def check_backend(context: Context) -> None:

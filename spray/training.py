@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,37 @@ from spray.data.base import ImageDataset, Normalizer
 
 Transform = Callable[[Tensor, np.ndarray], Tensor]
 """Changes a batch of pixels (n, C, H, W); the second argument holds the samples' indices."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss is computed of.
+
+    Attributes
+    ----------
+    x : Tensor
+        (n, C, H, W): the model's input, on the device.
+    labels : Tensor of int64
+        (n,): the classes, on the device.
+    indices : ndarray of int64
+        (n,): which samples these are.
+    pixels : Tensor
+        (n, C, H, W) in [0, 1], as transformed, on the CPU.
+    """
+
+    x: Tensor
+    labels: Tensor
+    indices: np.ndarray
+    pixels: Tensor
+
+
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""Returns the loss of a model on a batch."""
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy."""
+    return nn.functional.cross_entropy(model(batch.x), batch.labels)
 
 
 def train(
@@ -27,8 +59,12 @@ def train(
     device: torch.device | str = "cpu",
     transform: Transform | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
+    objective: Objective = cross_entropy,
+    indices: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    frozen: Collection[nn.Module] = (),
 ) -> None:
-    """Train `model` in place with cross-entropy, AdamW and a one-cycle learning rate; leave it in eval mode.
+    """Train `model` in place with AdamW and a one-cycle learning rate; leave it in eval mode.
 
     Parameters
     ----------
@@ -48,10 +84,22 @@ def train(
         Applied to every batch of pixels, e.g. to add an artifact.
     on_epoch : callable, optional
         Called with the number of epochs done and the mean loss of the last one.
+    objective : callable
+        The loss; by default the cross-entropy.
+    indices : ndarray of int, optional
+        (m,): the samples to train on; by default all.
+    weights : ndarray of float, optional
+        (m,), at least 0, not all: an epoch's m samples are drawn with these weights, some of them several times;
+        by default each comes once.
+    frozen : collection of nn.Module
+        Modules that stay in eval mode: dropout does nothing there, batch norms keep their statistics.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    steps = epochs * max(1, -(-len(dataset) // batch_size))
+    chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+    n = len(chosen)
+    shares = None if weights is None else np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    steps = epochs * max(1, -(-n // batch_size))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.2)
     order = np.random.default_rng(seed)
     labels = torch.from_numpy(np.asarray(dataset.labels))
@@ -59,25 +107,27 @@ def train(
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         model.train()
+        for module in frozen:
+            module.eval()
         for epoch in range(epochs):
-            permutation = order.permutation(len(dataset))
+            drawn = chosen[order.permutation(n) if shares is None else order.choice(n, n, p=shares)]
             total = torch.zeros((), device=device)
-            for start in range(0, len(permutation), batch_size):
-                indices = permutation[start : start + batch_size]
-                if start and len(indices) == 1:
+            for start in range(0, n, batch_size):
+                part = drawn[start : start + batch_size]
+                if start and len(part) == 1:
                     continue  # a batch norm cannot train on a single image
-                pixels = dataset.batch(indices)
+                pixels = dataset.batch(part)
                 if transform is not None:
-                    pixels = transform(pixels, indices)
-                x = normalizer(pixels, device)
-                loss = nn.functional.cross_entropy(model(x), labels[indices].to(device))
+                    pixels = transform(pixels, part)
+                batch = Batch(normalizer(pixels, device), labels[part].to(device), part, pixels)
+                loss = objective(model, batch)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total += loss.detach() * len(indices)
+                total += loss.detach() * len(part)
             if on_epoch is not None:
-                on_epoch(epoch + 1, float(total) / len(dataset))
+                on_epoch(epoch + 1, float(total) / n)
     model.eval()
 
 

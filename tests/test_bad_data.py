@@ -55,7 +55,8 @@ def assert_finished(said: small.Outcome, run_dir: Path) -> dict:
     [
         ([], "NotANumber", ["not finite"]),
         ([], "WithoutRule", ["LRP has no rule for cumprod"]),
-        ([], "without_linear", ["p_clarc", "correction.methods"]),
+        (["correction.methods=[dfr]"], "without_linear", ["dfr", "correction.methods"]),
+        (["correction.layer=layer9"], "without_linear", ["no layer 'layer9'", "named_modules"]),
         (["dataset.image_size=1", "model.name=alexnet"], "", ["(2, 3, 1, 1)"]),
     ],
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from spray.correction.options import Options
 from spray.data.base import ImageDataset, Normalizer
 from spray.errors import UserError
 from spray.isolation.candidate import Artifact
@@ -17,11 +19,24 @@ from spray.registry import Registry
 
 @dataclass(frozen=True)
 class Finding:
-    """A proven artifact: what it is, its class and the training samples that carry it."""
+    """A proven artifact.
+
+    Attributes
+    ----------
+    artifact : Artifact
+        What it looks like, and where.
+    class_index : int
+        Its class.
+    samples : ndarray of int
+        The training samples of its class that carry it.
+    scores : ndarray of float, shape (N,), optional
+        How well each training sample, of all classes, matches it.
+    """
 
     artifact: Artifact
     class_index: int
     samples: np.ndarray
+    scores: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,12 @@ class Problem:
         Where to compute.
     on_epoch : callable, optional
         Called after each epoch with its number and mean loss.
+    options : Options
+        What else can be chosen.
+    facts : dict
+        Filled by the correction: what it tried, what it chose and why. Only what JSON can hold.
+    shared : dict
+        What corrections of the same model need not find out twice; may be one for all of them.
     """
 
     model: nn.Module
@@ -58,10 +79,14 @@ class Problem:
     seed: int
     device: torch.device
     on_epoch: Callable[[int, float], None] | None = None
+    options: Options = field(default_factory=Options)
+    facts: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 Correction = Callable[[Problem], nn.Module]
-"""Returns a corrected model with the same `state_dict` keys as the one it was given, in eval mode."""
+"""Returns a corrected model in eval mode: with the same `state_dict` keys as the one it was given, or a
+`spray.correction.wrapped.Projected` around it."""
 
 CORRECTIONS: Registry[Correction] = Registry("correction method")
 CONTROL = "fine_tuned"
@@ -86,3 +111,22 @@ def check_methods(methods: Sequence[str]) -> list[str]:
 def inputs(problem: Problem, indices: np.ndarray) -> torch.Tensor:
     """Return the model's input (n, C, H, W) for training images, on the device."""
     return problem.normalizer(problem.train.batch(indices), problem.device)
+
+
+def carriers(problem: Problem, finding: Finding) -> np.ndarray:
+    """Return which training images carry an artifact, bool (N,).
+
+    Those are the finding's samples and, of the other classes, the images that score as well as the least of them:
+    without scores none.
+    """
+    carries = np.zeros(len(problem.train), dtype=bool)
+    carries[finding.samples] = True
+    if finding.scores is not None and len(finding.samples):
+        others = np.asarray(problem.train.labels) != finding.class_index
+        carries |= others & (finding.scores >= finding.scores[finding.samples].min())
+    return carries
+
+
+def unmarked(problem: Problem) -> np.ndarray:
+    """Return which training images carry no artifact at all, bool (N,)."""
+    return ~np.any([carriers(problem, finding) for finding in problem.findings], axis=0)

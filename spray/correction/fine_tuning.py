@@ -1,12 +1,15 @@
-"""Corrections that train on: A-ClArC, which adds the artifact to images of all classes, and its control."""
+"""Corrections that train on with other samples: A-ClArC at the input, group-balanced re-training, and the control."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 from torch import Tensor, nn
 
 from spray.correction.base import CONTROL, CORRECTIONS, Problem
-from spray.training import Transform, train
+from spray.correction.groups import balance
+from spray.training import Objective, Transform, cross_entropy, train
 
 SHARE = 0.5
 """Share of the images that A-ClArC adds an artifact to."""
@@ -15,7 +18,7 @@ SHARE = 0.5
 @CORRECTIONS.register(CONTROL)
 def fine_tuned(problem: Problem) -> nn.Module:
     """Train on without any change to the images: what the budget alone does."""
-    return _train(problem, None)
+    return fine_tune(problem)
 
 
 @CORRECTIONS.register("a_clarc")
@@ -37,10 +40,37 @@ def a_clarc(problem: Problem) -> nn.Module:
                 pixels[mine] = finding.artifact.insert(pixels[mine], rng.integers(0, 2**31, len(mine)))
         return pixels
 
-    return _train(problem, add)
+    return fine_tune(problem, transform=add)
 
 
-def _train(problem: Problem, transform: Transform | None) -> nn.Module:
+@CORRECTIONS.register("group_balanced")
+def group_balanced(problem: Problem) -> nn.Module:
+    """Train on with samples drawn such that an artifact says nothing about the class.
+
+    Groups are made of class and artifact, the latter by the artifacts' scores; in each class all groups are drawn
+    equally often, classes as often as before (Idrissi et al., "Simple data balancing achieves competitive worst-group
+    accuracy", 2022). A group with hardly any samples is filled with images of its class that the isolated artifact is
+    added to; or, with `fill_groups` off, its artifact is left out in every class. See `spray.correction.groups`.
+    """
+    balanced = balance(problem)
+    problem.facts["groups"] = balanced.facts()
+    rng = np.random.default_rng([problem.seed, 53])
+
+    def fill(pixels: Tensor, indices: np.ndarray) -> Tensor:
+        return balanced.fill(problem, pixels, indices, rng)
+
+    return fine_tune(problem, transform=fill, weights=balanced.weights)
+
+
+def fine_tune(
+    problem: Problem,
+    transform: Transform | None = None,
+    objective: Objective = cross_entropy,
+    indices: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    frozen: Collection[nn.Module] = (),
+) -> nn.Module:
+    """Train a problem's model on with its budget and return it; see `spray.training.train`."""
     train(
         problem.model,
         problem.train,
@@ -53,5 +83,9 @@ def _train(problem: Problem, transform: Transform | None) -> nn.Module:
         device=problem.device,
         transform=transform,
         on_epoch=problem.on_epoch,
+        objective=objective,
+        indices=indices,
+        weights=weights,
+        frozen=frozen,
     )
     return problem.model

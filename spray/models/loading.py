@@ -86,7 +86,18 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
     UserError
         If there is no such file, it holds no state_dict, or that is not one of this model.
     """
-    state = _without_wrapper(_read_state(path), model)
+    load_state(model, read_state(path), path)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
+    """Load a state_dict that was read from `path` into a model, as `load_checkpoint` does.
+
+    Raises
+    ------
+    UserError
+        If it is not one of this model.
+    """
+    state = _without_wrapper(state, model)
     own = model.state_dict()
     if type(model).__module__.startswith("torchvision.models."):
         state = {key: value for key, value in state.items() if key in own or not key.startswith(AUXILIARY_PREFIXES)}
@@ -187,7 +198,14 @@ def _torchvision_model(name: str, n_classes: int, input_shape: tuple[int, int, i
         raise UserError(f"{name} does not take images of {height}×{width}: {one_line(error)}") from None
 
 
-def _read_state(path: str) -> dict[str, Tensor]:
+def read_state(path: str) -> dict[str, Tensor]:
+    """Return the state_dict in a file that ``torch.save`` wrote; only tensors are ever loaded.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, or it holds none.
+    """
     advice = "save it with torch.save(model.state_dict(), PATH)"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -217,7 +235,7 @@ def _is_state(content: object) -> bool:
     )
 
 
-def _without_wrapper(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _without_wrapper(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
     own = model.state_dict()
     for prefix in WRAPPER_PREFIXES:
         shared = all(key.startswith(prefix) for key in state)
