@@ -97,18 +97,20 @@ def _corelay(_: argparse.Namespace) -> Any:
 
 
 def _spray(arguments: argparse.Namespace) -> Any:
-    from spray.analysis.neighbors import nearest_neighbors, neighbor_graph
+    from spray.analysis.neighbors import affinity_of, nearest_neighbors
     from spray.analysis.spectral import graph_embedding
 
     def call(X: np.ndarray) -> dict[str, np.ndarray]:
         if arguments.search_only:
             return {"indices": nearest_neighbors(X, 10, method=arguments.method)[0]}
         cpu = time.process_time()
-        graph = neighbor_graph(X, 10, method=arguments.method)
+        indices = nearest_neighbors(X, 10, method=arguments.method)[0]
+        graph = affinity_of(indices)
         searched = time.process_time() - cpu
         eigenvalues, embedding = graph_embedding(graph, 32)
         edges = np.column_stack(graph.nonzero()).astype(np.int32) if len(X) <= 20_000 else np.empty(0)
-        return {"eigenvalues": eigenvalues, "embedding": embedding, "edges": edges, "searched": np.array(searched)}
+        found = {"eigenvalues": eigenvalues, "embedding": embedding, "edges": edges, "searched": np.array(searched)}
+        return {**found, "indices": indices}
 
     return call
 
@@ -215,14 +217,11 @@ def alone(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             path, kinds = saved(arguments, folder, n, d, arguments.data)
             took, found = measure(arguments, "spray", path)
-            recall = ""
-            if not arguments.no_recall:
-                indices = measure(arguments, "spray", path, search_only=1)[1]["indices"]
-                recall = f"{neighbor_recall(np.load(path, mmap_mode='r'), indices, seed=1):.3f}"
+            recall = neighbor_recall(np.load(path, mmap_mode="r"), found["indices"], seed=1)
         points.append((n, took["cpu"]))
         print(
             f"| {n:,} x {d:,} | {took['wall']:.1f} ({took['cpu']:.1f}) | {float(found['searched']):.1f} | "
-            f"{took['memory'] / 1e6:,.0f} | {recall} | "
+            f"{took['memory'] / 1e6:,.0f} | {recall:.3f} | "
             f"{adjusted_rand_score(kinds, clusters(found['embedding'])):.3f} |",
             flush=True,
         )
@@ -317,8 +316,6 @@ def main() -> None:
         else:
             command.add_argument("--sizes", type=int, nargs="+", default=[5000, 10_000, 20_000, 50_000, 100_000])
             command.add_argument("--exact-to", type=int, default=20_000)
-        if function is alone:
-            command.add_argument("--no-recall", action="store_true", help="spare the second run that recall takes")
     command = commands.add_parser("one", help="one measurement; the others call it")
     command.set_defaults(function=one)
     command.add_argument("--who", choices=["corelay", "spray", "dense"])

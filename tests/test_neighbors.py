@@ -313,6 +313,15 @@ def test_columns_in_parts_and_a_torch_device_find_the_same(monkeypatch: pytest.M
     np.testing.assert_array_equal(np.sort(neighbor_search.exhaustive(screen, 9, rows)[0], axis=1), expected[rows])
 
 
+def test_candidates_that_are_missing_are_never_chosen() -> None:
+    X = np.array([[0.0], [1], [5], [0.1]])
+    vectors = Vectors(X, "euclidean")
+    # Minus one would be the last sample, which is the nearest to the first.
+    indices, squared = neighbor_search.rerank(vectors, np.array([[-1, 2, 1], [2, -1, -1]]), 2, np.array([0, 1]))
+    np.testing.assert_array_equal(indices[0], [1, 2])
+    np.testing.assert_allclose(squared, [[1, 25], [16, np.inf]])
+
+
 def test_components_span_the_leading_directions() -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(500, 8)) * 2.0 ** -np.arange(8) @ np.linalg.qr(rng.normal(size=(40, 40)))[0][:8]

@@ -72,7 +72,7 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Return the nearest centre of each point."""
     half = np.einsum("ij,ij->i", centres, centres) / 2
     cell = np.empty(len(points), np.int64)
-    step = max(16, BLOCK // len(centres))
+    step = max(64, BLOCK // len(centres))
 
     def assign(at: int) -> None:
         block = points[at : at + step] @ centres.T
@@ -113,7 +113,7 @@ def search_cells(screen: Screen, cells: Cells, count: int, reach: int) -> np.nda
         others, other_half = points[columns].T, half[columns]
         first, last = cells.starts[home], cells.starts[home + 1]
         own = int(np.searchsorted(columns, first)) - first
-        step = max(16, BLOCK // len(columns))
+        step = max(64, BLOCK // len(columns))
         for at in range(first, last, step):
             block = points[at : min(at + step, last)] @ others
             np.subtract(other_half, block, out=block)

@@ -18,9 +18,9 @@ from threadpoolctl import threadpool_limits
 
 from spray.analysis.vectors import Vectors
 
-BLOCK = 1 << 21
-"""Inner products at a time and thread: eight megabytes, which stay in the cache."""
-COLUMNS = 1 << 15
+BLOCK = 1 << 19
+"""Inner products at a time and thread: two megabytes, which stay in the cache."""
+COLUMNS = 1 << 14
 """Columns of a block of inner products."""
 GROUP = 8
 
@@ -153,7 +153,7 @@ def exhaustive(screen: Screen, count: int, rows: np.ndarray | None = None) -> tu
     rows = np.arange(n) if rows is None else rows
     candidates, worst = np.empty((len(rows), count), np.int64), np.empty(len(rows), points.dtype)
     width = min(n, COLUMNS)
-    step = max(16, BLOCK // width)
+    step = max(32, BLOCK // width)
 
     def search(at: int) -> None:
         mine = rows[at : at + step]

@@ -193,13 +193,14 @@ def neighbor_graph(
     csr_matrix of float64
         (n, n), with weights 1/2 and 1 and an empty diagonal.
     """
-    indices, _ = nearest_neighbors(X, n_neighbors, metric, method, seed, device)
+    return affinity_of(nearest_neighbors(X, n_neighbors, metric, method, seed, device)[0])
+
+
+def affinity_of(indices: np.ndarray) -> csr_matrix:
+    """Return the symmetric affinity A = (B + Bᵀ)/2 of neighbours found: `indices` (n, k) of `nearest_neighbors`."""
     n, k = indices.shape
-    # Both directions at once; entries that meet are added.
-    rows = np.repeat(np.arange(n, dtype=np.int32), k)
-    columns = indices.ravel().astype(np.int32)
-    graph = csr_matrix((np.full(n * k, 0.5), columns, np.arange(n + 1, dtype=np.int32) * np.int32(k)), shape=(n, n))
-    del rows
+    starts = np.arange(n + 1, dtype=np.int64) * k
+    graph = csr_matrix((np.full(n * k, 0.5), indices.ravel(), starts), shape=(n, n))
     graph = csr_matrix(graph + graph.T)
     graph.sort_indices()
     return graph
@@ -294,26 +295,28 @@ def _plan(vectors: Vectors, k: int, seed: int, cells: bool) -> Plan:
     truth, squared = _true_neighbors(vectors, probes, k)
     counts = [min(c, n - 1) for c in (k + MARGIN, 2 * k + 4, 4 * k + 4)]
     partners = min(n, LARGEST_REACH[True] / 2) if cells else n
-    best, cost = (d, counts[0]), _nanoseconds(n, partners, d)
-    most = min(256 if n >= CELLS_FROM else 128, d // 4)
-    if most < 16:
-        return Plan(whole(vectors), counts[0], probes, truth, squared[:, -1])
-    basis = components(vectors, np.sort(rng.choice(n, min(2048, n), replace=False)), most, seed)
-    points, half, _ = reduced(vectors, basis)
-    for q in (q for q in (16, 32, 64, 128, 256) if q <= points.shape[1]):
-        found, _ = exhaustive(_first(points, half, basis, q), counts[-1], probes)
-        order = np.argsort(_scores(points[:, :q], half, probes, found), axis=1, kind="stable")
-        hit = (np.take_along_axis(found, order, axis=1)[:, :, None] == truth[:, None, :]).any(axis=2)
-        for count in counts:
-            # A candidate costs a row of the samples, from anywhere in memory.
-            price = _nanoseconds(n, partners, q) + n * count * d * 1.2
-            if hit[:, :count].sum() >= RECALL * truth.size and price < cost:
-                best, cost = (q, count), price
-    q, count = best
-    screen = _first(points, half, basis, q) if q < d else None
-    # Not both at once.
-    del points
-    return Plan(screen or whole(vectors), count, probes, truth, squared[:, -1])
+    best, cost, screen = (d, counts[0]), _nanoseconds(n, partners, d), None
+    rows = np.sort(rng.choice(n, min(2048, n), replace=False))
+    # Few components are soon had, and mostly enough.
+    for most in (min(64, d // 4), min(256, d // 4)):
+        if most < 16 or screen is not None:
+            break
+        basis = components(vectors, rows, most, seed)
+        points, half, _ = reduced(vectors, basis)
+        for q in (q for q in (16, 32, 64, 128, 256) if most // 4 <= q <= points.shape[1]):
+            found, _ = exhaustive(_first(points, half, basis, q), counts[-1], probes)
+            order = np.argsort(_scores(points[:, :q], half, probes, found), axis=1, kind="stable")
+            hit = (np.take_along_axis(found, order, axis=1)[:, :, None] == truth[:, None, :]).any(axis=2)
+            for count in counts:
+                # A candidate costs a row of the samples, from anywhere in memory.
+                price = _nanoseconds(n, partners, q) + n * count * d * 1.2
+                if hit[:, :count].sum() >= RECALL * truth.size and price < cost:
+                    best, cost = (q, count), price
+        if best[0] < d:
+            screen = _first(points, half, basis, best[0])
+        # Not all of the components and all of the samples at once.
+        del points
+    return Plan(screen or whole(vectors), best[1], probes, truth, squared[:, -1])
 
 
 def _first(points: np.ndarray, half: np.ndarray, basis: np.ndarray, q: int) -> Screen:
