@@ -63,7 +63,7 @@ def run(context: Context) -> dict[str, Any]:
     ) as attributions:
         groups = list(_groups(context, attributions))
         width = preprocessing.width(attributions.array(source).shape[1:])
-        _check_memory(max(len(group.index) for group in groups), width)
+        _check_memory(max((len(group.index) for group in groups), default=0), width)
         with hdf5_writer(context.run_dir / "analysis.h5") as file:
             file.attrs.update(_recorded(context))
             for group in context.progress(groups, len(groups), "groups analyzed"):

@@ -145,6 +145,12 @@ def test_what_positive_leaves_nothing_of_is_not_used() -> None:
     assert found.used.tolist() == [True, False, True]
 
 
+def test_samples_none_of_which_has_relevance() -> None:
+    found = Preprocessing(["sum", {"pca": 3}]).features(lambda: [np.zeros((2, 1, 4, 4))] * 3, 6)
+    assert not found.used.any()
+    assert not found.values.any()
+
+
 def test_no_samples_at_all() -> None:
     found = Preprocessing(["sum", "pca"]).features(lambda: [], 0)
     assert (found.values.shape[0], found.used.shape) == (0, (0,))

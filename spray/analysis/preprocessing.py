@@ -120,7 +120,7 @@ class Preprocessing:
 
     def _fitting(self, batches: Batches, steps: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[Tensor]:
         """Yield the samples that have relevance, as they are after the first `steps`."""
-        return (batch[alive] for batch, alive in self._through(batches, list(steps)))
+        return (batch[alive] for batch, alive in self._through(batches, list(steps)) if alive.any())
 
     def _through(
         self, batches: Batches, steps: Sequence[Callable[[Tensor], Tensor]]

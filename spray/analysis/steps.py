@@ -168,12 +168,11 @@ class PCA(Step):
             total += rows.sum(axis=0)
             moment += rows.T @ rows
             n += len(rows)
-        d = len(total)
-        m = min(self.components, d, max(1, n))
-        covariance = moment / max(1, n) - np.outer(total, total) / max(1, n) ** 2
-        vectors = _leading(covariance, m)
-        mean = torch.from_numpy(shift + total / max(1, n)).float()
-        basis = torch.from_numpy(vectors).float()
+        if n == 0:
+            return lambda x: x.new_zeros((len(x), 1))
+        covariance = moment / n - np.outer(total, total) / n**2
+        basis = torch.from_numpy(_leading(covariance, min(self.components, len(total), n))).float()
+        mean = torch.from_numpy(shift + total / n).float()
         return lambda x: (x.flatten(1) - mean) @ basis
 
     def trial(self, x: Tensor) -> Tensor:
@@ -201,8 +200,6 @@ def _leading(covariance: np.ndarray, m: int) -> np.ndarray:
     from scipy.linalg import eigh
 
     d = len(covariance)
-    if d == 0:
-        return np.zeros((0, m))
     vectors = eigh(covariance, subset_by_index=(d - m, d - 1))[1][:, ::-1]
     sign = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(m)])
     return vectors * sign
