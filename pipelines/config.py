@@ -29,6 +29,8 @@ class DatasetConfig:
     std: list[float] = field(default_factory=lambda: [0.5])
     # A mapping, not a dataclass: one of its keys is `class`, and kinds of artifacts may bring their own.
     plant: dict[str, Any] = field(default_factory=lambda: {**DEFAULTS, "kind": "none"})
+    # More of them, planted one after the other: mappings with the same keys.
+    plants: list[Any] = field(default_factory=list)
 
 
 @dataclass

@@ -20,6 +20,8 @@ from spray.errors import UserError
 from spray.pipelines.live import LiveLine, clock_time
 
 if TYPE_CHECKING:
+    from spray.data.plant_options import Plant
+    from spray.data.planting import PlantedTruth
     from spray.pipelines.config import SprayConfig
 
 T = TypeVar("T")
@@ -62,14 +64,36 @@ class Context:
         return find_device(self.config.device)
 
     @cached_property
-    def _datasets(self) -> tuple[ImageDataset, ImageDataset]:
+    def _loaded(self) -> tuple[ImageDataset, ImageDataset]:
         from spray.data.loading import DATASETS
-        from spray.data.planting import planted
         from spray.data.subset import per_class
 
         options = self.config.dataset
         train, test = (per_class(part, options.per_class) for part in DATASETS.get(options.name)(options))
-        return planted(train, options.plant), test
+        return train, test
+
+    @cached_property
+    def _planting(self) -> tuple[ImageDataset, list[PlantedTruth]]:
+        from spray.data.planting import plant_all
+
+        return plant_all(self._loaded[0], self.plants)
+
+    @cached_property
+    def _datasets(self) -> tuple[ImageDataset, ImageDataset]:
+        return self._planting[0], self._loaded[1]
+
+    @cached_property
+    def plants(self) -> list[Plant]:
+        """What is planted in the training images, by the configuration."""
+        from spray.data.plant_options import read_plants
+
+        options, train = self.config.dataset, self._loaded[0]
+        return read_plants(options.plant, options.plants, train.classes, train.image_shape)
+
+    @property
+    def planted_truths(self) -> list[PlantedTruth]:
+        """Which samples carry it. The first stage writes that down; no stage before verification may look at it."""
+        return self._planting[1]
 
     @property
     def train(self) -> ImageDataset:

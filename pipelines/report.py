@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from spray.data.planting import planted_truth
+from spray.data.truth import read_truth
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
 from spray.report.data import Truth
@@ -54,11 +54,13 @@ def _export(context: Context) -> None:
 
 
 def _truth(context: Context) -> Truth | None:
-    truth = planted_truth(context.config.dataset.plant, context.train)
-    if truth is None:
-        return None
-    samples = frozenset(int(sample) for sample in truth.samples)
-    return Truth(truth.class_index, truth.class_name, truth.kind, truth.rate, samples)
+    """Return the first artifact that was planted on one class."""
+    rows = read_truth(context.run_dir)
+    on_a_class = (row for row in rows if row["extent"] and row["samples"] and row["class_index"] is not None)
+    row = next(on_a_class, None)
+    return row and Truth(
+        row["class_index"], row["class_name"], row["kind"], row["rate"], frozenset(map(int, row["samples"]))
+    )
 
 
 def _title(context: Context) -> str:

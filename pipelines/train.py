@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from spray.data.truth import FILES, write_truth
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
 from spray.pipelines.weights import save_weights
@@ -13,8 +14,12 @@ from spray.verification import clean_metrics
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write `model.pt`: trained here, or the checkpoint's weights, which are only evaluated."""
+    """Write `model.pt`: trained here, or the checkpoint's weights, which are only evaluated.
+
+    What was planted in the images is written down as well, once and for all, for those who may know it.
+    """
     options = context.config.model
+    write_truth(context.run_dir, context.planted_truths, context.test)
     model = context.build_model()
     if options.checkpoint is None:
         context.log.info(
@@ -52,6 +57,6 @@ STAGE = Stage(
     name="train",
     needs=(),
     settings=("dataset", "model", "seed"),
-    outputs=("model.pt",),
+    outputs=("model.pt", FILES),
     run=run,
 )

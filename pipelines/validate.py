@@ -82,6 +82,7 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
     for key, allowed in CHOICES.items():
         if (value := _value(config, key)) not in allowed:
             raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
+    check_plants(config)
     check_attribution(config)
     check_evidence(config)
     check_analysis(config, stages)
@@ -95,6 +96,19 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
         from spray.pipelines.compare import check
 
         check(config)
+
+
+def check_plants(config: SprayConfig) -> None:
+    """Check what can be checked of `dataset.plant` and `dataset.plants` without images.
+
+    Raises
+    ------
+    UserError
+        For the first mistake that is found; unknown classes and what images are too small for are found with the data.
+    """
+    from spray.data.plant_options import read_plants
+
+    read_plants(config.dataset.plant, config.dataset.plants)
 
 
 def check_attribution(config: SprayConfig) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from spray.correction.base import Finding
-from spray.data.planting import Plant, planted_truth
+from spray.data.plant_options import Plant
+from spray.data.truth import read_truth
 from spray.pipelines.context import Context
 from spray.pipelines.isolated import load_findings
 from spray.pipelines.stage import Stage
 from spray.storage import read_json, write_json
 from spray.training import batches
-from spray.verification import attack_metrics, clean_metrics, relevance_inside
+from spray.verification import accuracy, attack_metrics, clean_metrics, relevance_inside
 
 MEASURES = (
     "attacked_accuracy",
@@ -32,9 +33,12 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Attack:
-    """Adds an artifact to test images: returns them (n, C, H, W) and where it went, (n, 1, H, W)."""
+    """Adds an artifact to test images: returns them (n, C, H, W) and where it went, (n, 1, H, W).
 
-    class_index: int
+    They are those of other classes, or all where the artifact is no sign of any class.
+    """
+
+    class_index: int | None
     add: Callable[[Tensor, np.ndarray], tuple[Tensor, Tensor]]
 
 
@@ -42,17 +46,19 @@ def run(context: Context) -> dict[str, Any]:
     """Write `verification.json`. Here, for the first time, the truth about a planted artifact is looked at."""
     findings = load_findings(context.run_dir)
     attacks = {name: _found(finding, len(context.test), context.config.seed) for name, finding in findings}
-    truth = planted_truth(context.config.dataset.plant, context.train)
+    planted = _planted_here(context)
     models = {}
     names = ["original", *_corrected(context)]
     for name in context.progress(names, len(names), "models verified"):
         model = _load(context, name)
-        clean = clean_metrics(context.predict(model, context.test), context.test.labels)
+        logits = context.predict(model, context.test)
+        clean = clean_metrics(logits, context.test.labels)
         artifacts = {key: clean | _attacked(context, model, attack) for key, attack in attacks.items()}
         first = next(iter(artifacts.values()), clean | dict.fromkeys(MEASURES))
         models[name] = first | {"artifacts": artifacts}
-        if truth is not None:
-            models[name]["planted"] = clean | _attacked(context, model, _planted(truth.plant))
+        if planted:
+            effects = {row["id"]: clean | _effect(context, model, logits, row, plant) for row, plant in planted}
+            models[name]["planted"] = next(iter(effects.values())) | {"plants": effects}
         context.log.info("%s: %s", name, _line(models[name]))
     write_json(context.run_dir / "verification.json", {"models": models})
     return {"models": names, "artifacts": list(attacks)}
@@ -80,6 +86,26 @@ def _found(finding: Finding, n_test: int, seed: int) -> Attack:
     return Attack(finding.class_index, add)
 
 
+def _planted_here(context: Context) -> list[tuple[dict[str, Any], Plant]]:
+    """Return what was planted and changed something: what is known of it, and the plant."""
+    plants = {plant.name: plant for plant in context.plants}
+    rows = read_truth(context.run_dir)
+    return [(row, plants[row["id"]]) for row in rows if row["samples"] or row.get("left_out")]
+
+
+def _effect(context: Context, model: nn.Module, logits: Tensor, row: dict[str, Any], plant: Plant) -> dict[str, Any]:
+    """Return what a planted artifact, or another bias, does to a model whose logits of the test images are given."""
+    if plant.is_drawn:
+        return _attacked(context, model, _planted(plant))
+    # There is nothing to add to an image.
+    effect: dict[str, Any] = dict.fromkeys(MEASURES)
+    if "test_samples" in row:
+        of_kind = np.asarray(row["test_samples"], dtype=np.int64)
+        effect |= accuracy("missing_accuracy", logits[of_kind], context.test.labels[of_kind])
+        effect["n_missing"] = len(of_kind)
+    return effect
+
+
 def _planted(plant: Plant) -> Attack:
     """Attack with the true artifact."""
 
@@ -92,7 +118,8 @@ def _planted(plant: Plant) -> Attack:
 
 def _attacked(context: Context, model: nn.Module, attack: Attack) -> dict[str, Any]:
     """Attack all test images of the other classes; explain some of them."""
-    others = np.flatnonzero(context.test.labels != attack.class_index)
+    labels = context.test.labels
+    others = np.arange(len(labels)) if attack.class_index is None else np.flatnonzero(labels != attack.class_index)
     explained = set(others[:: max(1, -(-len(others) // context.config.verify.n_explained))].tolist())
     logits, shares = [], []
     for part in batches(len(others), context.batch_size):
@@ -102,9 +129,10 @@ def _attacked(context: Context, model: nn.Module, attack: Attack) -> dict[str, A
         which = np.flatnonzero([i in explained for i in indices.tolist()])
         if len(which):
             x = context.normalizer(pixels[which], context.device)
-            relevance = context.explain(model, x, attack.class_index)
+            own = torch.from_numpy(np.asarray(labels[indices[which]], np.int64)).to(context.device)
+            relevance = context.explain(model, x, own if attack.class_index is None else attack.class_index)
             shares.append(relevance_inside(relevance.cpu(), mask[which]))
-    return attack_metrics(torch.cat(logits), context.test.labels[others], attack.class_index, torch.cat(shares))
+    return attack_metrics(torch.cat(logits), labels[others], attack.class_index, torch.cat(shares))
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -112,7 +140,12 @@ def _line(record: dict[str, Any]) -> str:
     if record["attacked_accuracy"] is not None:
         line += f", attacked {record['attacked_accuracy']:.3f}"
     if "planted" in record:
-        line += f", attacked with the planted artifact {record['planted']['attacked_accuracy']:.3f}"
+        for name, effect in record["planted"]["plants"].items():
+            what = "artifact" if name == "plant" else name
+            if effect["attacked_accuracy"] is not None:
+                line += f", attacked with the planted {what} {effect['attacked_accuracy']:.3f}"
+            elif effect.get("missing_accuracy") is not None:
+                line += f", on the kind of sample that training lacks {effect['missing_accuracy']:.3f}"
     return line
 
 
@@ -127,6 +160,7 @@ STAGE = Stage(
         "attribution.options",
         "attribution.layer",
         "dataset.plant",
+        "dataset.plants",
     ),
     outputs=("verification.json",),
     run=run,

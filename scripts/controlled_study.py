@@ -98,17 +98,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _truth(folder: Path) -> dict[str, Any] | None:
-    """Return class and samples of what was planted, made anew from the run's configuration."""
-    from omegaconf import OmegaConf
+    """Return what the run says of the first artifact that was planted; None where no sample carries one."""
+    from spray.data.truth import read_truth
 
-    from spray.data.loading import DATASETS
-    from spray.data.planting import planted_truth
-    from spray.data.subset import per_class
-
-    config = OmegaConf.load(folder / ".hydra" / "config.yaml").dataset
-    train = per_class(DATASETS.get(config.name)(config)[0], config.per_class)
-    truth = planted_truth(OmegaConf.to_container(config.plant, resolve=True), train)
-    return truth and {"class_name": truth.class_name, "samples": truth.samples.tolist()}
+    return next((row for row in read_truth(folder) if row["samples"]), None)
 
 
 def _misses(row: dict[str, Any]) -> Iterable[str]:

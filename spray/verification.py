@@ -46,7 +46,7 @@ def clean_metrics(logits: Tensor, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def attack_metrics(logits: Tensor, labels: np.ndarray, target: int, relevance_share: Tensor) -> dict[str, Any]:
+def attack_metrics(logits: Tensor, labels: np.ndarray, target: int | None, relevance_share: Tensor) -> dict[str, Any]:
     """Return what an artifact does to images of other classes, with 95 % intervals.
 
     Parameters
@@ -55,23 +55,30 @@ def attack_metrics(logits: Tensor, labels: np.ndarray, target: int, relevance_sh
         (n, classes), of images with the artifact added.
     labels : ndarray of int
         (n,): their classes, none of them `target`.
-    target : int
-        The artifact's class.
+    target : int or None
+        The artifact's class; None for one that all classes have.
     relevance_share : Tensor
         (m,): share of the relevance inside the artifact, of some of them.
 
     Returns
     -------
     dict
-        `attacked_accuracy`, `attacked_to_class`, `artifact_relevance`, their `_interval`, `n_attacked`.
+        `attacked_accuracy`, `attacked_to_class` (None where there is no such class), `artifact_relevance`, their
+        `_interval`, `n_attacked`.
     """
     predicted = logits.argmax(dim=1).numpy()
+    to_class = (0, 0) if target is None else (int((predicted == target).sum()), len(labels))
     return {
         **_share("attacked_accuracy", int((predicted == labels).sum()), len(labels)),
-        **_share("attacked_to_class", int((predicted == target).sum()), len(labels)),
+        **_share("attacked_to_class", *to_class),
         **_mean("artifact_relevance", relevance_share),
         "n_attacked": len(labels),
     }
+
+
+def accuracy(name: str, logits: Tensor, labels: np.ndarray) -> dict[str, Any]:
+    """Return the share of logits (n, classes) that are largest for their label, with its 95 % interval, as `name`."""
+    return _share(name, int((logits.argmax(dim=1).numpy() == labels).sum()), len(labels))
 
 
 def relevance_inside(relevance: Tensor, mask: Tensor) -> Tensor:

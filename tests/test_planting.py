@@ -1,4 +1,4 @@
-"""Planted artifacts: one contract for every kind, the choice of samples, and mistakes in `dataset.plant`."""
+"""Planted artifacts: where they go, which samples get them, several at once, and mistakes in `dataset.plant`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import torch
 from scipy.stats import chisquare
 
 from spray.data.arrays import ArrayDataset
-from spray.data.planting import DEFAULTS, KINDS, PLACES, Plant, class_index, planted, planted_truth
+from spray.data.planting import (
+    DEFAULTS,
+    KINDS,
+    PLACES,
+    Plant,
+    class_index,
+    plant_all,
+    planted,
+    planted_truth,
+    read_plants,
+)
 from spray.errors import UserError
 
 CLASSES = ("ant", "bee", "cow")
@@ -26,63 +36,6 @@ def plant(**options: Any) -> Plant:
 def dataset(n: int = 120, shape: tuple[int, int, int] = SHAPE) -> ArrayDataset:
     rng = np.random.default_rng(0)
     return ArrayDataset(rng.integers(0, 256, (n, *shape), dtype=np.uint8), np.arange(n) % 3, CLASSES)
-
-
-@pytest.fixture(params=KINDS.names())
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.mark.parametrize("shape", [SHAPE, (1, 28, 28), (3, 24, 40)])
-def test_marks_in_range_only_where_it_says(kind: str, shape: tuple[int, int, int]) -> None:
-    images = torch.rand(6, *shape, generator=torch.Generator().manual_seed(0))
-    before = images.clone()
-    made = Plant.from_config({"kind": kind, "class": 0}, CLASSES, shape)
-    marked, opacity = made.mark(images, list(range(6)))
-    assert torch.equal(images, before)
-    assert marked.shape == images.shape
-    assert marked.dtype == images.dtype
-    assert opacity.shape == (6, *shape[1:])
-    assert 0 <= opacity.min() <= opacity.max() <= 1
-    assert 0 <= marked.min() <= marked.max() <= 1
-    untouched = (opacity == 0)[:, None].expand_as(images)
-    assert torch.equal(marked[untouched], images[untouched])
-    assert (opacity > 0).flatten(1).any(dim=1).all()
-    # Fully opaque pixels show nothing of what was there.
-    again, _ = made.mark(1 - images, list(range(6)))
-    opaque = (opacity == 1)[:, None].expand_as(images)
-    torch.testing.assert_close(marked[opaque], again[opaque])
-
-
-def test_seed_and_key_decide_and_nothing_else(kind: str) -> None:
-    images = torch.rand(8, *SHAPE)
-    keys = [f"k{i}" for i in range(8)]
-    state = torch.random.get_rng_state()
-    marked, opacity = plant(kind=kind).mark(images, keys)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    reverse, _ = plant(kind=kind).mark(images.flip(0), keys[::-1])
-    torch.testing.assert_close(reverse.flip(0), marked)
-    single, _ = plant(kind=kind).mark(images[3:4], keys[3:4])
-    torch.testing.assert_close(single[0], marked[3])
-    assert not torch.equal(plant(kind=kind, seed=1).mark(images, keys)[1], opacity)
-
-
-def test_color_size_and_jitter_count(kind: str) -> None:
-    images, keys = torch.zeros(10, *SHAPE), list(range(10))
-    base, opacity = plant(kind=kind, jitter=0, color=[0.2, 0.5, 0.9]).mark(images, keys)
-    assert torch.equal(opacity, opacity[:1].expand_as(opacity)), "without jitter all are alike"
-    for channel, value in enumerate((0.2, 0.5, 0.9)):
-        assert base[:, channel].max() == pytest.approx(value)
-    _, larger = plant(kind=kind, jitter=0, size=9).mark(images, keys)
-    assert larger.sum() > opacity.sum()
-    _, jittered = plant(kind=kind, jitter=3).mark(images, keys)
-    assert not torch.equal(jittered, jittered[:1].expand_as(jittered))
-
-
-def test_grey_images_get_the_luminance(kind: str) -> None:
-    made = Plant.from_config({"kind": kind, "class": 0, "color": [1.0, 0.5, 0.0]}, CLASSES, (1, 28, 28))
-    marked, _ = made.mark(torch.zeros(1, 1, 28, 28), [0])
-    assert float(marked.max()) == pytest.approx(0.2125 + 0.5 * 0.7154, abs=1e-5)
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "random"])
@@ -127,9 +80,9 @@ def test_a_frame_is_as_thick_as_its_size_give_or_take_the_jitter() -> None:
 
 
 def test_a_tag_has_a_dark_cross_on_its_color() -> None:
-    content, opacity = KINDS.get("tag")(SHAPE, plant(jitter=0, color=[1, 1, 1]), np.random.default_rng(0))
-    stamp = content[0, 1:7, 1:7]
-    assert opacity[1:7, 1:7].all()
+    shown, opacity = plant(jitter=0, color=[1, 1, 1]).mark(torch.full((1, *SHAPE), 0.5), [0])
+    stamp = shown[0, 0, 1:7, 1:7]
+    assert opacity[0, 1:7, 1:7].all()
     expected = [
         [1, 1, 1, 1, 1, 1],
         [1, 0, 1, 1, 0, 1],
@@ -181,7 +134,7 @@ def test_the_fingerprint_follows_every_option() -> None:
     clean = dataset()
     options = {"kind": "tag", "class": 1, "rate": 0.5}
     changes = [{}, {"rate": 0.4}, {"seed": 1}, {"class": 2}, {"size": 7}, {"jitter": 1}, {"kind": "box"}]
-    changes += [{"place": "center"}, {"color": [0, 0, 0]}]
+    changes += [{"place": "center"}, {"color": [0, 0, 0]}, {"color": "random"}, {"strength": 0.5}, {"class": "all"}]
     prints = [planted(clean, options | change).fingerprint for change in changes]
     assert len({clean.fingerprint, *prints}) == len(changes) + 1
     assert planted(clean, options).fingerprint == prints[0]
@@ -198,17 +151,16 @@ def test_defaults_are_used_and_every_default_kind_exists() -> None:
     made = Plant.from_config({"kind": "frame"}, CLASSES, SHAPE)
     assert (made.target, made.rate, made.size, made.place) == (0, 0.25, 6, "top_left")
     assert DEFAULTS["kind"] in KINDS.names()
-    assert KINDS.names() == ["box", "frame", "tag"]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kind": "tga"}, "'tga' (did you mean 'tag'?); allowed: box, frame, tag"),
+        ({"kind": "tga"}, "'tga' (did you mean 'tag'?); allowed: background, band_aid, blur, box"),
         ({"classs": 1}, "dataset.plant has no key 'classs'; allowed: kind, class, rate"),
         (
             {"class": "wasp"},
-            "dataset.plant.class=wasp is no class; allowed: an index from 0 to 2 or one of ant, bee, cow",
+            "dataset.plant.class=wasp is no class; allowed: all, an index from 0 to 2 or one of ant, bee, cow",
         ),
         ({"class": 3}, "dataset.plant.class=3 is no class"),
         ({"class": -1}, "dataset.plant.class=-1 is no class"),
@@ -233,7 +185,24 @@ def test_defaults_are_used_and_every_default_kind_exists() -> None:
         ({"color": [None, 0, 0]}, "must be three numbers"),
         ({"color": ["a", 0, 0]}, "must be three numbers"),
         ({"color": 0.5}, "must be three numbers"),
-        ({"color": None}, "must be three numbers"),
+        ({"color": "None"}, "must be three numbers"),
+        ({"color": []}, "dataset.plant.color=[] must be three numbers in [0, 1]: red, green, blue; or random, or null"),
+        ({"strength": 0}, "dataset.plant.strength=0 would change nothing; give a number above 0, up to 1"),
+        ({"strength": 1.5}, "dataset.plant.strength=1.5 is not a number from 0.0 to 1.0"),
+        ({"strength": "much"}, "dataset.plant.strength=much"),
+        ({"to": "wasp"}, "dataset.plant.to=wasp is no class; allowed: an index from 0 to 2 or one of ant, bee, cow"),
+        ({"to": "all"}, "dataset.plant.to=all is no class"),
+        ({"kind": "mislabel", "class": 1, "to": "bee"}, "dataset.plant.to=bee is the class itself; give another one"),
+        (
+            {"which": "ugly"},
+            "dataset.plant.which=ugly is unknown; allowed: dark, bright, flat, busy, grey, colorful, name:",
+        ),
+        (
+            {"kind": "timestamp", "size": 10},
+            "dataset.plant.size=10: a timestamp of that size takes 10×34 pixels, the images have 32×32; take a smaller",
+        ),
+        ({"kind": "watermark", "size": 12}, "dataset.plant.size=12: a watermark of that size takes 10×38 pixels"),
+        ({1: 2}, "dataset.plant has no key '1'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(options: dict, words: str) -> None:
@@ -261,3 +230,104 @@ def test_a_dataset_that_hands_out_its_own_memory_is_not_changed() -> None:
     marked = planted(clean, {"kind": "box", "class": 0, "rate": 1.0})
     assert not torch.equal(marked.batch(np.arange(120)), before)
     assert torch.equal(clean.pixels, before)
+
+
+def test_an_artifact_in_all_classes_has_the_rate_in_each() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [100, 40, 7]))
+    made = plant(**{"class": "all", "rate": 0.3})
+    assert made.target is None
+    chosen = made.chosen(labels)
+    assert np.bincount(labels[chosen]).tolist() == [30, 12, 2]
+    assert (np.diff(chosen) > 0).all()
+    # Each class is drawn from by itself: another class more or less changes nothing.
+    without = np.flatnonzero(labels != 2)
+    np.testing.assert_array_equal(without[made.chosen(labels[without])], chosen[labels[chosen] != 2])
+    truth = planted_truth({"kind": "box", "class": "all", "rate": 0.5}, dataset())
+    assert (truth.class_index, truth.class_name, len(truth.samples)) == (None, "all", 60)
+    assert class_of({"class": "all"}, ("all", "other")) == 0, "a class of that name goes first"
+
+
+def class_of(options: dict, classes: tuple[str, ...]) -> int | None:
+    return Plant.from_config({"kind": "box", **options}, classes, SHAPE).target
+
+
+def build(*options: dict, clean: ArrayDataset | None = None) -> Any:
+    clean = clean or dataset()
+    return plant_all(clean, read_plants(options[0], options[1:], clean.classes, clean.image_shape))
+
+
+ALL = np.arange(120)
+
+
+def test_several_are_drawn_one_over_the_other() -> None:
+    clean = dataset()
+    blue = {"kind": "box", "class": "bee", "rate": 1.0, "size": 10, "jitter": 0, "color": [0, 0, 1]}
+    red = blue | {"size": 4, "color": [1, 0, 0]}
+    both, truths = build(blue, red)
+    image = both.batch(np.array([1]))[0]
+    expected = clean.batch(np.array([1]))[0]
+    expected[:, 1:11, 1:11] = torch.tensor([0, 0, 1.0])[:, None, None]
+    expected[:, 1:5, 1:5] = torch.tensor([1.0, 0, 0])[:, None, None]
+    torch.testing.assert_close(image, expected)
+    other, _ = build(red, blue)
+    expected[:, 1:11, 1:11] = torch.tensor([0, 0, 1.0])[:, None, None]
+    torch.testing.assert_close(other.batch(np.array([1]))[0], expected)
+    # What one is a function of is the image that those before it left.
+    blurred, _ = build(blue, {"kind": "blur", "class": "bee", "rate": 1.0})
+    made = Plant.from_config({"kind": "blur", "class": "bee"}, CLASSES, SHAPE)
+    alone, _ = build(blue)
+    torch.testing.assert_close(blurred.batch(ALL[1::3]), made.mark(alone.batch(ALL[1::3]), range(40))[0])
+    assert [(t.plant.name, t.kind, len(t.samples)) for t in truths] == [("plant", "box", 40), ("plants[0]", "box", 40)]
+    assert len({clean.fingerprint, both.fingerprint, other.fingerprint, alone.fingerprint}) == 4
+
+
+def test_several_of_one_seed_choose_each_on_its_own() -> None:
+    rng = np.random.default_rng(0)
+    clean = ArrayDataset(rng.integers(0, 256, (2000, 1, 8, 8), dtype=np.uint8), np.arange(2000) % 2, CLASSES[:2])
+    same = {"kind": "box", "class": 0, "rate": 0.5, "size": 2, "jitter": 0, "seed": 3}
+    _, truths = build(same, same, same, clean=clean)
+    first, second, third = (set(truth.samples.tolist()) for truth in truths)
+    for one, other in ((first, second), (first, third), (second, third)):
+        assert 200 < len(one & other) < 300, "as chance has it: 250 of 500"
+    np.testing.assert_array_equal(truths[0].samples, planted_truth(same, clean).samples)
+    marked, _ = build(same, same, clean=clean)
+    changed = (marked.batch(np.arange(2000)) != clean.batch(np.arange(2000))).flatten(1).any(dim=1).numpy()
+    assert set(np.flatnonzero(changed).tolist()) == first | second
+
+
+def test_a_list_alone_works_and_takes_the_seed_of_the_mapping() -> None:
+    box = {"kind": "box", "class": 1, "rate": 0.5}
+    _, truths = build({"kind": "none", "seed": 7}, box, {"kind": "none"}, box | {"seed": 2})
+    assert [(truth.plant.name, truth.plant.seed) for truth in truths] == [("plants[0]", 7), ("plants[2]", 2)]
+    assert truths[0].plant.position == 1
+    assert read_plants(None, None) == read_plants({}, []) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("box", "dataset.plants=box is no list; write dataset.plants=[{kind: box, class: 0}]"),
+        ({"kind": "box"}, "dataset.plants={'kind': 'box'} is no list"),
+        (["box"], "dataset.plants[0]=box is no mapping; write it as {kind: box, class: 0}"),
+        ([{"kind": "box"}, {"rate": 0.1}], "dataset.plants[1] has no kind; allowed: background, "),
+        ([{"kind": "box"}, {"kind": "box", "rate": 3}], "dataset.plants[1].rate=3 is not a number from 0.0 to 1.0"),
+        ([{"kind": "box", "class": "wasp"}], "dataset.plants[0].class=wasp is no class"),
+        ([{"kind": "box", "siz": 3}], "dataset.plants[0] has no key 'siz'"),
+        ([{"kind": "boxx"}], "'boxx' (did you mean 'box'?)"),
+    ],
+)
+def test_mistakes_in_a_list_name_the_item(more: Any, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_plants({"kind": "tag"}, more, CLASSES, SHAPE)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_needs_no_data_is_checked_before_there_is_any() -> None:
+    with pytest.raises(UserError, match=r"plant\.jitter=-1 is not a number from 0$"):
+        read_plants({"kind": "tag", "jitter": -1}, [])
+    with pytest.raises(UserError, match=r"plant\.size=2\.5 is not a whole number from 1$"):
+        read_plants({"kind": "tag", "size": 2.5}, [])
+    with pytest.raises(UserError, match=r"dataset\.plant=tag is no mapping"):
+        read_plants("tag", [])
+    assert len(read_plants({"kind": "tag", "class": "wasp", "size": 999}, [{"kind": "mislabel", "to": "wasp"}])) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from spray.data.base import ImageDataset
+from spray.data.planting import plant_all, read_plants
+from spray.data.truth import write_truth
 from spray.figures import to_png
 from spray.report.data import Truth
 from spray.report.gather import gather
@@ -252,9 +255,9 @@ def test_nothing_at_all_still_gives_a_page(tmp_path, dataset):
     assert "No verdict yet" in render(data)
 
 
-def context(run_dir: Path, dataset: ImageDataset, plant: dict | None = None) -> SimpleNamespace:
+def context(run_dir: Path, dataset: ImageDataset) -> SimpleNamespace:
     config = SimpleNamespace(
-        dataset=SimpleNamespace(name="image_folder", train="/some where/shapes", plant=plant or {"kind": "none"}),
+        dataset=SimpleNamespace(name="image_folder", train="/some where/shapes"),
         model=SimpleNamespace(name="small_cnn", factory="models/mine.py:build"),
         attribution=SimpleNamespace(method="lrp", composite="epsilon_plus_flat", target="label"),
     )
@@ -271,8 +274,18 @@ def context(run_dir: Path, dataset: ImageDataset, plant: dict | None = None) -> 
 def test_stage_writes_report_and_virelay_project(run_dir, dataset):
     from spray.pipelines.report import STAGE
 
-    facts = STAGE.run(context(run_dir, dataset, {"kind": "tag", "class": "star", "rate": 0.25, "size": 4}))
+    plants = read_plants(
+        {"kind": "mislabel", "class": "star", "rate": 0.1},
+        [{"kind": "box", "class": "all", "size": 4}, {"kind": "tag", "class": "star", "rate": 0.25, "size": 4}],
+        dataset.classes,
+        dataset.image_shape,
+    )
+    write_truth(run_dir, plant_all(dataset, plants)[1], dataset)
+    facts = STAGE.run(context(run_dir, dataset))
     page = (run_dir / "report.html").read_text()
+    assert re.search(r"a tag on \d+ training samples\s+\(25\s*%\) of", page), (
+        "of what was planted, the artifact on one class"
+    )
     assert facts == {"artifacts_found": 1, "bytes": (run_dir / "report.html").stat().st_size}
     assert "image_folder: shapes" in page
     assert "mine.py:build" in page

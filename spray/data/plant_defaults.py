@@ -12,6 +12,13 @@ DEFAULTS: dict[str, Any] = {
     "place": "top_left",
     "size": 6,
     "jitter": 2,
-    "color": [1.0, 0.85, 0.1],
+    # Three numbers, or `random`: another one for each image; null: the kind's own.
+    "color": None,
+    # How opaque, above 0 up to 1; null: as the kind is by itself.
+    "strength": None,
+    # kind=mislabel: the class that the samples are said to be of; null: each some other one, drawn at random.
+    "to": None,
+    # kind=missing: which of the class's images are left out.
+    "which": "dark",
 }
 """The keys of `dataset.plant` and what they are where nothing is said; `kind: none` plants nothing."""
