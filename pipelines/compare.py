@@ -30,7 +30,7 @@ from spray.pipelines.stage import Stage
 from spray.report.words import model_name
 from spray.storage import write_json, write_text
 from spray.store import Attributions, open_attributions
-from spray.store.analyses import Analysis, class_group, open_analysis
+from spray.store.analyses import ALL, Analysis, class_group, open_analysis, predicted_group
 
 if TYPE_CHECKING:
     from spray.pipelines.config import SprayConfig
@@ -130,11 +130,13 @@ def _clusterings(analysis: Analysis, name: str) -> tuple[np.ndarray, dict[str, n
 
 
 def _class(context: Context, name: str) -> tuple[int | None, str]:
-    """Return class index and class name of a group; for one that is no class None and its name in the file."""
+    """Return class index and class name of a group; for one that is no class None and what it is."""
     for c, class_name in enumerate(context.train.classes):
         if name == class_group(c):
             return c, class_name
-    return None, plain(name)
+        if name == predicted_group(c):
+            return None, f"predicted as {class_name}"
+    return None, "all samples" if name == ALL else plain(name)
 
 
 def _sides(

@@ -86,7 +86,7 @@ def page(
             title=f"{names[0]} and {names[1]}",
             models=(models[0], models[1]),
             n_samples=len(context.train),
-            n_groups=len({part.class_name for part in found}),
+            n_classes=len(context.train.classes),
             strategies=tuple(strategies_),
             rule=tuple(rule()["text"]),
             caveats=(*caveats, *_CAVEATS),

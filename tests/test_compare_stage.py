@@ -281,6 +281,23 @@ def test_plan_knows_it(runs: Runs, compared: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_other_groups_features_and_sizes_of_heatmaps(runs: Runs, tmp_path: Path) -> None:
+    other, this = tmp_path / "other", tmp_path / "this"
+    analysis = ("analysis=anywhere", "analysis.groups=[class,predicted,all]", "analysis.n_clusters=[2,3]")
+    done(runs.run(other, EXPLAINED, *analysis, checkpoint(runs), "attribution.pool=8"))
+    shutil.copytree(runs.tagged, this)
+    done(runs.run(this, "stages=[train,attribute,analyze,compare]", *analysis, f"compare.other={other}"))
+    found = json.loads((this / "comparison.json").read_text())
+    groups = {(row["class_index"], row["class_name"]) for row in found["clusters"]}
+    # Which samples are predicted as a class may differ; then there is nothing to compare.
+    assert {(1, "skin"), (None, "all samples")} <= groups
+    only = [row for row in found["strategies"] if row["verdict"] == "only" and row["class_name"] == "skin"]
+    assert {row["model"] for row in only} == {"this"}
+    assert len(set(only[0]["samples"]) & marked(runs)) >= 0.9 * MARKED
+    assert all(row["retention"] is not None for row in only)
+
+
+@pytest.mark.slow
 def test_before_against_after_a_correction(runs: Runs, tmp_path: Path) -> None:
     stages = f"stages=[{','.join(NAMES[:6])},compare]"
     more = ("compare.correction=p_clarc", "correction.epochs=2", "correction.methods=[p_clarc]")

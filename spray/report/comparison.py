@@ -95,7 +95,7 @@ class ComparisonData:
     title: str
     models: tuple[Model, Model]
     n_samples: int
-    n_groups: int
+    n_classes: int
     strategies: tuple[Strategy, ...]
     rule: tuple[str, ...]
     caveats: tuple[str, ...]
