@@ -258,6 +258,7 @@ def _row(part: Found, row: Compared) -> dict[str, Any]:
         "size": int(row.member.sum()),
         "n": len(row.member),
         "verdict": row.verdict,
+        "weaker": row.weaker,
         "clear": row.clear,
         "counterpart": asdict(row.overlap) if row.overlap.cluster else None,
         "separability": {"own": row.separability[0], "other": row.separability[1], "kept": row.kept},

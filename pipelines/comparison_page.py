@@ -116,6 +116,7 @@ def _strategy(part: Found, together: Sequence[Compared]) -> Strategy:
         size=int(first.member.sum()),
         n=len(first.member),
         verdict=first.verdict,
+        weaker=first.weaker,
         counterpart=first.overlap.cluster,
         counterpart_size=first.overlap.size,
         jaccard=first.overlap.jaccard,

@@ -209,6 +209,15 @@ def test_the_same_model_shares_everything_that_is_clear():
     assert any(r.clear >= 1 for r in rows)
 
 
+def test_what_is_shared_may_be_weaker():
+    member = mask(40, *range(10))
+    found = [
+        Compared("k/0", member, NOTHING, (90.0, other), (0.9, 0.9), None, None, None, said)
+        for other, said in ((9.0, SHARED), (30.0, SHARED), (9.0, UNDECIDED))
+    ]
+    assert [r.weaker for r in found] == [True, False, False]
+
+
 def test_samples_have_to_be_the_same():
     rng = np.random.default_rng(7)
     with pytest.raises(ValueError, match="same samples"):

@@ -25,7 +25,9 @@ from scipy.stats import hypergeom
 from spray.analysis.comparison_rule import (
     ENOUGH_SAME,
     LARGEST,
+    LOST,
     ONLY,
+    SHARED,
     SMALLEST,
     VERDICTS,
     Overlap,
@@ -99,6 +101,11 @@ class Compared:
     def kept(self) -> float:
         """Share of the separability that the other model's heatmaps have."""
         return ratio(self.separability)
+
+    @property
+    def weaker(self) -> bool:
+        """Whether the other model shares it, but keeps so little that it would count as lost, were it not clear."""
+        return self.verdict == SHARED and self.kept <= LOST
 
     @property
     def held(self) -> float:

@@ -64,7 +64,8 @@ class Evidence:
 class Strategy:
     """Clusters of one model that hold mostly the same samples, represented by the first of them.
 
-    `own` is 0 for a strategy of this model, 1 for one of the other; pairs hold the own model's value first.
+    `own` is 0 for a strategy of this model, 1 for one of the other; pairs hold the own model's value first. `weaker`
+    is for a shared one of which the other model keeps little.
     """
 
     own: int
@@ -85,6 +86,7 @@ class Strategy:
     cosine: float | None
     contrast_cosine: float | None
     retention: float | None
+    weaker: bool = False
     evidence: Evidence | None = None
 
 
