@@ -96,14 +96,17 @@ def page(
 
 
 def _with_pictures(rows: Sequence[Strategy]) -> list[int]:
-    """Return which strategies get a card: those of one model only, and the most separable of the shared ones."""
+    """Return which strategies get a card: those of one model only or mostly, and the most separable shared ones."""
     only = [
         place
         for own in (0, 1)
         for place in [i for i, row in enumerate(rows) if row.own == own and row.verdict == ONLY][:_CARDS]
     ]
-    shared = [i for i, row in enumerate(rows) if row.own == 0 and row.verdict == SHARED]
-    return [*only, *sorted(shared, key=lambda i: -rows[i].separability[0])[:_SHARED_CARDS]]
+    weaker = [
+        place for own in (0, 1) for place in [i for i, row in enumerate(rows) if row.own == own and row.weaker][:_CARDS]
+    ]
+    shared = [i for i, row in enumerate(rows) if row.own == 0 and row.verdict == SHARED and not row.weaker]
+    return [*only, *weaker, *sorted(shared, key=lambda i: -rows[i].separability[0])[:_SHARED_CARDS]]
 
 
 def _strategy(part: Found, together: Sequence[Compared]) -> Strategy:

@@ -350,7 +350,7 @@ def test_names_are_escaped() -> None:
     model = Model(evil, evil, ((evil, evil),))
     weak = Strategy(**strategy.__dict__ | {"verdict": "shared", "weaker": True})
     page = render_comparison(ComparisonData(evil, (model, model), 30, 1, (seen, strategy, weak), (evil,), (evil,), ""))
-    assert "1 shared strategy</b> of <bdi>&lt;img" in page
+    assert "1 strategy</b> of <bdi>&lt;img" in page
     assert "<img src=x" not in page
     assert page.count("&lt;img src=x") > 20
     assert "onerror=alert(1)>" not in page

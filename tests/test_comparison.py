@@ -209,13 +209,15 @@ def test_the_same_model_shares_everything_that_is_clear():
     assert any(r.clear >= 1 for r in rows)
 
 
-def test_what_is_shared_may_be_weaker():
+def test_what_is_not_lost_may_be_weaker():
     member = mask(40, *range(10))
+    tail = normal_tail(10, 40)
+    cases = [(9, 2, 0.9, SHARED), (9, 2, 0.9, UNDECIDED), (9, 2, 0.9, ONLY), (9, 3, 0.9, SHARED), (2, 0, 0.9, SHARED)]
     found = [
-        Compared("k/0", member, NOTHING, (90.0, other), (0.9, 0.9), None, None, None, said)
-        for other, said in ((9.0, SHARED), (30.0, SHARED), (9.0, UNDECIDED))
+        Compared("k/0", member, NOTHING, (own * tail, other * tail), (held, 0.1), None, None, None, said)
+        for own, other, held, said in [*cases, (9, 2, 0.4, SHARED)]
     ]
-    assert [r.weaker for r in found] == [True, False, False]
+    assert [r.weaker for r in found] == [True, True, False, False, False, False]
 
 
 def test_samples_have_to_be_the_same():

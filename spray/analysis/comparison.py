@@ -23,11 +23,12 @@ from scipy.sparse import csr_matrix
 from scipy.stats import hypergeom
 
 from spray.analysis.comparison_rule import (
+    CLEAR,
     ENOUGH_SAME,
     LARGEST,
     LOST,
     ONLY,
-    SHARED,
+    REAL,
     SMALLEST,
     VERDICTS,
     Overlap,
@@ -104,8 +105,9 @@ class Compared:
 
     @property
     def weaker(self) -> bool:
-        """Whether the other model shares it, but keeps so little that it would count as lost, were it not clear."""
-        return self.verdict == SHARED and self.kept <= LOST
+        """Whether it is clear, the other model keeps at most a quarter of its separability, and yet it isn't lost."""
+        clear = self.clear >= CLEAR and self.cohesion[0] >= REAL
+        return clear and self.kept <= LOST and self.verdict != ONLY
 
     @property
     def held(self) -> float:

@@ -65,7 +65,7 @@ class Strategy:
     """Clusters of one model that hold mostly the same samples, represented by the first of them.
 
     `own` is 0 for a strategy of this model, 1 for one of the other; pairs hold the own model's value first. `weaker`
-    is for a shared one of which the other model keeps little.
+    says that the other model keeps little of one that isn't its own model's only.
     """
 
     own: int
