@@ -133,6 +133,14 @@ def test_mistake_is_told_in_one_line(spray, tmp_path, typed):
     assert not list(tmp_path.rglob("run.json"))
 
 
+def test_ready_made_analyses_differ_from_the_default_in_what_they_are_for(spray):
+    plain = configuration(spray, "analysis=default")["analysis"]
+    anywhere = configuration(spray, "analysis=anywhere")["analysis"]
+    assert anywhere == {**plain, "steps": ["sum", "histogram"]}
+    latent = configuration(spray, "analysis=latent", "analysis.source=layer3")["analysis"]
+    assert latent == {**plain, "source": "layer3", "steps": ["normalize_l2"]}
+
+
 def test_mistake_in_a_process_of_its_own(tmp_path):
     result = command("seed=abc", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
