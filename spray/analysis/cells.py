@@ -13,8 +13,11 @@ import numpy as np
 
 from spray.analysis.neighbor_search import BLOCK, Screen, in_threads, smallest
 
-CELL = 400
-"""Samples of a cell, on average."""
+CELL = 128
+"""Samples of a cell on average, of up to 262,144 samples; the square root of their number / 4 of more.
+
+Small cells enclose neighbours more tightly, but each sample is compared with the centres of all.
+"""
 LEAST = 1024
 """Samples that every cell looks through at least."""
 
@@ -47,10 +50,10 @@ def partition(screen: Screen, seed: int) -> Cells:
     """Return cells around the centres that a few steps of k-means find from a sample of the points."""
     points, n = screen.points, len(screen.points)
     rng = np.random.default_rng(seed)
-    n_cells = max(2, n // CELL)
-    sample = points[np.sort(rng.choice(n, min(n, 40 * n_cells), replace=False))]
+    n_cells = max(2, n // max(CELL, round(n**0.5 / 4)))
+    sample = points[np.sort(rng.choice(n, min(n, 20 * n_cells), replace=False))]
     centres = sample[rng.choice(len(sample), n_cells, replace=False)]
-    for _ in range(5):
+    for _ in range(4):
         cell = _nearest(sample, centres)
         order = np.argsort(cell, kind="stable")
         there, first = np.unique(cell[order], return_index=True)
