@@ -56,10 +56,26 @@ def _composition(error: BaseException) -> str:
     text = _first_line(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1])
+    if match := re.search(r"Error merging override ([\w.]+)=", text):
+        return _wrong_shape(match[1], text)
     if match := re.search(r"(\S+) appears more than once in the final defaults list", text):
         return f"{match[1]} is given twice; write {match[1]}=NAME once, without a plus sign"
     if text.startswith("Ambiguous value"):
         return f"{text}; write a list as [a,b], quote a text as '\"a,b\"', or add --multirun to run both"
+    return text
+
+
+def _wrong_shape(key: str, text: str) -> str:
+    """Say that a list is no mapping, or a mapping no list."""
+    known = known_options()
+    if isinstance(known.get(key), list):
+        return f"{key} is a list; write {key}=[..], with commas between its items"
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        return f"{key} is a mapping; write {key}={{KEY: VALUE}}, or its keys by themselves, such as {inside[0]}=VALUE"
+    parent = ".".join(key.split(".")[:2])
+    if isinstance(known.get(parent), list):
+        return f"{parent} is a list, which is given as a whole; write {parent}=[..], with commas between its items"
     return text
 
 

@@ -194,3 +194,32 @@ def test_verification_measures_each_of_them(folder: Path) -> None:
 def test_the_report_names_the_artifact(folder: Path) -> None:
     page = (folder / "run/report.html").read_text()
     assert re.search(r"a box on 12 training samples\s+\(40\s*%\) of", page)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (
+            "dataset.plants=[{kind: bx}]",
+            "unknown kind of planted artifact 'bx' (did you mean 'box'?); allowed: background",
+        ),
+        ("dataset.plants=[box]", "dataset.plants[0]=box is no mapping; write it as {kind: box, class: 0}"),
+        ("dataset.plants=[{kind: box, clas: 1}]", "dataset.plants[0] has no key 'clas'; allowed: kind, class"),
+        ("dataset.plants=box", "dataset.plants: Invalid value assigned: str is not a ListConfig, list or tuple"),
+        ("dataset.plants={kind: box}", "dataset.plants is a list; write dataset.plants=[..], with commas between"),
+        ("dataset.plants.0.kind=box", "dataset.plants is a list, which is given as a whole; write dataset.plants=[..]"),
+        ("dataset.plant=[{kind: box}]", "dataset.plant is a mapping; write dataset.plant={KEY: VALUE}, or its keys by"),
+        ("dataset.plant.strength=2", "dataset.plant.strength=2 is not a number from 0.0 to 1.0"),
+        (
+            "dataset.plant.color=red",
+            "dataset.plant.color=red must be three numbers in [0, 1]: red, green, blue; or random",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_images_are_looked_for(tmp_path: Path, typed: str, words: str) -> None:
+    folders = ["dataset.train=nowhere", "dataset.test=nowhere", "model.checkpoint=nowhere"]
+    plan = [f"run_dir={tmp_path}", "plan=true", "experiment=image_folder", *folders]
+    said = small.run(*plan, "dataset.plant.kind=tag", typed)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith(f"spray: error: {words}")
+    assert said.err.count("\n") == 1

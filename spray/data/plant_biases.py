@@ -1,8 +1,9 @@
 """Biases that are no artifact on an image: labels that are wrong, a kind of sample that training never saw.
 
-With an artifact on one class (`spray.data.plant_kinds`) these are the three biases of Hägele et al., "Resolving
-challenges in deep learning-based analyses of histopathological images using explanation methods" (2020): of the whole
-set, correlated with a class, and of the sampling. Adding one means registering a function in the same registry.
+With a small artifact on one class (`spray.data.plant_kinds`) they stand for the three kinds of bias of Hägele et al.,
+"Resolving challenges in deep learning-based analyses of histopathological images using explanation methods" (2020): in
+the labels of the whole set, correlated with a class, and of the sampling. Adding one means registering a function in
+the same registry.
 """
 
 from __future__ import annotations
