@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -198,6 +198,9 @@ def choose_projection(
 ) -> tuple[list[Axes], float]:
     """Return where to project and how strongly; nothing is trained for that.
 
+    The layers are tried from the last one, until accuracy under the artifact is that on clean images. Where a whole
+    projection costs clean accuracy, weaker ones are tried as long as they may still be better than what is found.
+
     Parameters
     ----------
     problem : Problem
@@ -220,25 +223,49 @@ def choose_projection(
         return axes, strengths[0]
     split = validation(problem)
     reference = split.measure(problem.model)
-    worst = problem.options.max_loss
+    goal = float(reference.right.mean()) - problem.options.max_loss
 
-    def trials() -> Iterable[Trial]:
-        for layer, pool in places:
-            axes = [fit_axes(problem, finding, layer, pool, gate) for finding in problem.findings]
-            for strength in strengths:
-                model = projected(problem.model, make(axes, strength), problem.device)
-                measure = split.measure(model)
-                yield Trial({"layer": axes[0].name, "strength": strength}, measure, result=(axes, strength))
-                if not costs(reference.right, measure.right, worst):
-                    break  # weaker ones do less
+    def tried(axes: list[Axes], strength: float) -> Trial:
+        measure = split.measure(projected(problem.model, make(axes, strength), problem.device))
+        fine = not costs(reference.right, measure.right, problem.options.max_loss)
+        return Trial({"layer": axes[0].name, "strength": strength}, measure, fine, (axes, strength))
+
+    def trials() -> Iterator[Trial]:
+        best, costly = -1.0, []
+        for layer, pool in deepest_first(places):
+            trial = tried([fit_axes(problem, f, layer, pool, gate) for f in problem.findings], strengths[0])
+            yield trial
+            if not trial.allowed:
+                costly.append(trial)
+                continue
+            best = max(best, trial.measure.attacked)
+            if best >= goal:
+                return  # as good as without an artifact
+        # A weaker projection does less, in either respect.
+        for trial in sorted(costly, key=lambda trial: -trial.measure.attacked):
+            for strength in strengths[1:]:
+                if trial.measure.attacked <= best:
+                    return
+                weaker = tried(trial.result[0], strength)
+                yield weaker
+                if weaker.allowed:
+                    best = max(best, weaker.measure.attacked)
+                    break
 
     axes, strength = choose(problem, reference, trials(), stop=False).result
     return axes, strength
 
 
+def deepest_first(places: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Return layers with and without pooling, the last layer first, in each the directions of all activations first."""
+    layers = list(dict.fromkeys(layer for layer, _ in places))
+    return [place for layer in reversed(layers) for place in places if place[0] == layer]
+
+
 def choose_layer(problem: Problem) -> list[Axes]:
     """Return the artifacts' axes in the layer where projecting them out helps most, for methods that train there."""
-    key = ("layer", problem.options)
+    o = problem.options
+    key = ("layer", o.layer, o.cav, o.pooling, o.directions, o.validation, o.max_loss)
     if key not in problem.shared:
         part = replace(problem, facts={})
         problem.shared[key] = choose_projection(part, "p_clarc", (1.0,))[0], part.facts

@@ -19,7 +19,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "rr_clarc": (1.0, 10.0, 100.0, 1000.0),
     "rrr": (1.0, 10.0, 100.0, 1000.0),
     "lrp_guided": (0.3, 1.0, 3.0),
-    "dfr": (0.01, 0.1, 1.0),
+    "dfr": (0.1, 1.0, 10.0, 100.0, 1000.0),
 }
 """The strengths that are tried, the weakest first: the share of the way that is projected (P-ClArC), of the
 activations that are changed (latent A-ClArC), the weight of the penalty or second loss, and what DFR's logistic

@@ -47,7 +47,7 @@ def dfr(problem: Problem) -> nn.Module:
                 _refit(model, head, features, labels, s)
                 yield Trial({"strength": s}, split.measure(model))
 
-        best = choose(problem, split.measure(problem.model), trials(), stop=False)
+        best = choose(problem, split.measure(problem.model), trials())
         strength = float(best.setting["strength"])
     problem.facts["chosen"] = {"strength": strength}
     _refit(problem.model, head, *_balanced_features(problem, head, None), strength)

@@ -50,6 +50,10 @@ class Projection(nn.Module):
         gate: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        shapes = [directions.shape[1:], offsets.shape, *([gate[0].shape, gate[1].shape] if gate else [])]
+        wanted = [directions.shape[1:], directions.shape[:1], *([directions.shape[1:], ()] if gate else [])]
+        if directions.dim() != 2 or [tuple(s) for s in shapes] != [tuple(s) for s in wanted]:
+            raise ValueError(f"directions {tuple(directions.shape)} do not fit {[tuple(s) for s in shapes[1:]]}")
         # As numbers, so that a state_dict, which holds tensors alone, says where and how.
         self.register_buffer("layer_name", torch.tensor(list(layer.encode()), dtype=torch.uint8))
         self.register_buffer("channel_dim", torch.tensor(dim or 0))

@@ -12,10 +12,13 @@ _MODELS = {
     "fine_tuned": "Plain fine-tuning",
     "a_clarc": "A-ClArC",
     "p_clarc": "P-ClArC",
+    "a_clarc_latent": "A-ClArC (latent)",
     "reactive_p_clarc": "Reactive P-ClArC",
     "rr_clarc": "RR-ClArC",
     "rrr": "RRR",
     "dfr": "DFR",
+    "group_balanced": "Group-balanced training",
+    "lrp_guided": "LRP-guided training",
     "never_poisoned": "Trained on clean data",
 }
 _ROLES = {
