@@ -91,10 +91,9 @@ def hdf5_writer(path: Path) -> Iterator[h5py.File]:
 
     It is kept in memory until then: HDF5 2.0 crashes the process when the disk is full while it closes a file.
     """
-    import h5py
+    from spray.store.disk import new_file
 
-    # HDF5 refuses a name that another open file has, even in memory.
-    with h5py.File(f"{path}.{secrets.token_hex(4)}", "w", driver="core", backing_store=False) as file:
+    with new_file(f"{path}.{secrets.token_hex(4)}", in_memory=True) as file:
         yield file
         file.flush()
         image = file.id.get_file_image()

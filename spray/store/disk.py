@@ -25,7 +25,7 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NUMBERS = itertools.count()
 
 
-def new_file(path: Path | str) -> h5py.File:
+def new_file(path: Path | str, in_memory: bool = False) -> h5py.File:
     """Create an HDF5 file whose bytes depend on its contents only, and whose metadata carry checksums.
 
     The format is that of HDF5 1.10 (2016), which every h5py of today reads (tried back to 3.8). The older default
@@ -36,10 +36,14 @@ def new_file(path: Path | str) -> h5py.File:
     ----------
     path : Path
         Must not exist.
+    in_memory : bool
+        Nothing is written to the disk; the path is only a name, which no other open file may have.
     """
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    if in_memory:
+        access.set_fapl_core(1 << 20, False)
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_obj_track_times(False)
     # Many attributes together would otherwise move into a heap, whose large entries have no checksum.
