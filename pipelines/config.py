@@ -125,8 +125,10 @@ class RankConfig:
     score: str = "cross_fitted"
     # What else counts: content, confidence, concentration, stability.
     evidence: list[str] = field(default_factory=lambda: ["content"])
-    # Clusters of each class, the most separable ones, whose images are looked at.
-    looked_at: int = 12
+    # Further ways of comparing heatmaps in which clusters are sought: scaled, peak (see spray/analysis/views.py).
+    views: list[str] = field(default_factory=lambda: ["scaled", "peak"])
+    # Clusters of each class and view, the most separable ones, whose images are looked at.
+    looked_at: int = 6
     # For the false discoveries among all classes and all clusters: benjamini_hochberg, benjamini_yekutieli.
     correction: str = "benjamini_hochberg"
 

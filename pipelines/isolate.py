@@ -82,13 +82,18 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
     options = context.config.isolate
     chosen: list[tuple[dict[str, Any], np.ndarray]] = []
     taken: dict[int, list[np.ndarray]] = {}
-    with open_analysis(context.run_dir / "analysis.h5", len(context.train)) as analysis:
+    with (
+        open_analysis(context.run_dir / "analysis.h5", len(context.train)) as analysis,
+        open_analysis(context.run_dir / "candidates.h5", len(context.train)) as further,
+    ):
         for row in read_json(context.run_dir / "ranking.json")["clusters"]:
             earlier = taken.setdefault(row["class_index"], [])
             if len(earlier) == options.per_class:
                 continue
-            group = analysis.group(row["class_index"])
             name, _, label = row["cluster"].rpartition("/")
+            group = analysis.group(row["class_index"])
+            if name not in group.clusterings:
+                group = further.group(row["class_index"])
             members = group.index[group.labels(name) == int(label)]
             if all(_overlap(members, other) < 0.5 for other in earlier):
                 earlier.append(members)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import h5py
 import numpy as np
 from threadpoolctl import threadpool_limits
 
@@ -12,6 +14,7 @@ from spray.analysis import separability
 from spray.analysis.content import SIDE, relevance_peaks, shared_content
 from spray.analysis.fisher import RIDGE
 from spray.analysis.scoring import (
+    SMALLEST,
     Candidate,
     Verdict,
     View,
@@ -21,14 +24,18 @@ from spray.analysis.scoring import (
     judge,
     most_separable,
 )
+from spray.analysis.views import view_features, view_labelings
 from spray.pipelines.analysis_options import preprocessing_of, source_array
 from spray.pipelines.analyze import read_features
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
-from spray.storage import write_json
+from spray.storage import hdf5_writer, write_json
 from spray.store import Attributions, open_attributions
 from spray.store.analyses import AnalysisGroup, open_analysis
 from spray.training import batches
+
+CANDIDATES = "candidates.h5"
+"""Clusterings of further views of the heatmaps, laid out as in `analysis.h5`."""
 
 SAMPLED, OF_CLUSTER = 400, 100
 """Images of a class, and of each cluster that is looked at, that shared content is measured on."""
@@ -42,11 +49,12 @@ def run(context: Context) -> dict[str, Any]:
     with (
         open_analysis(context.run_dir / "analysis.h5", len(context.train)) as analysis,
         open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions,
+        hdf5_writer(context.run_dir / CANDIDATES) as further,
         # On matrices this small more threads only wait for each other, for long where other jobs want the cores.
         threadpool_limits(1),
     ):
         for c in context.progress(analysis.classes, len(analysis.classes), "classes ranked"):
-            found += _candidates(context, c, analysis.group(c), attributions)
+            found += _candidates(context, c, analysis.group(c), attributions, further)
     kinds = () if options.score == "fisher" else tuple(options.evidence)
     of_class, of_cluster = judge(found, range(len(classes)), kinds, options.correction, options.score != "fisher")
     class_rows = [_class_row(context, c, verdict, found) for c, verdict in of_class.items()]
@@ -67,8 +75,10 @@ def run(context: Context) -> dict[str, Any]:
     return {"clusters": len(cluster_rows)}
 
 
-def _candidates(context: Context, c: int, group: AnalysisGroup, attributions: Attributions) -> list[Candidate]:
-    """Return a class's clusters with the evidence that is asked for."""
+def _candidates(
+    context: Context, c: int, group: AnalysisGroup, attributions: Attributions, further: h5py.File
+) -> list[Candidate]:
+    """Return a class's clusters with the evidence that is asked for; write those of further views."""
     options, seed = context.config.rank, context.config.seed
     labelings = {name: group.labels(name) for name in group.clusterings}
     if options.score == "fisher":
@@ -81,13 +91,42 @@ def _candidates(context: Context, c: int, group: AnalysisGroup, attributions: At
         )
     analysis = context.config.analysis
     features = read_features(attributions, group.index, preprocessing_of(analysis), source_array(analysis)).values
-    found = find_candidates(c, View(features, labelings), seed, distinct_samples(features))
-    chosen = most_separable(found, options.looked_at)
+    views = [View(features, labelings), *_further_views(context, group, attributions, further)]
+    first, found, chosen = distinct_samples(features), [], []
+    for view in views:
+        of_view = find_candidates(c, view, seed, first)
+        found += of_view
+        chosen += most_separable(of_view, options.looked_at)
     if "confidence" in options.evidence:
         _add_confidence(found, c, np.asarray(attributions.prediction[group.index]))
     if {"content", "concentration"} & set(options.evidence) and chosen:
         _look(context, chosen, group.index, attributions)
     return found
+
+
+def _further_views(
+    context: Context, group: AnalysisGroup, attributions: Attributions, further: h5py.File
+) -> list[View]:
+    """Compare a class's heatmaps in the views of `rank.views`; write the clusterings as `analysis.h5` has them."""
+    options, n = context.config.analysis, len(group)
+    found = []
+    for name in context.config.rank.views if n >= SMALLEST else ():
+        features = view_features(name, partial(_heatmaps, attributions, group.index), n, options.grid)
+        sets = view_labelings(
+            name, features, options.n_clusters, options.n_neighbors, options.n_components, context.config.seed
+        )
+        found.append(View(features, sets))
+    at = further.create_group(group.name)
+    at.create_dataset("index", data=group.index.astype(np.uint32), fletcher32=n > 0)
+    for view in found:
+        for clustering, labels in view.labelings.items():
+            at.create_dataset(f"cluster/{clustering}", data=labels.astype(np.int32), fletcher32=True)
+    return found
+
+
+def _heatmaps(attributions: Attributions, index: np.ndarray) -> Iterator[np.ndarray]:
+    for _, part in attributions.batches(index):
+        yield part.astype(np.float32, copy=False)
 
 
 def _add_confidence(found: Sequence[Candidate], c: int, logits: np.ndarray) -> None:
@@ -175,6 +214,6 @@ STAGE = Stage(
     name="rank",
     needs=("attribute", "analyze"),
     settings=("rank", "seed", "analysis"),
-    outputs=("ranking.json",),
+    outputs=("ranking.json", CANDIDATES),
     run=run,
 )

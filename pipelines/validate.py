@@ -11,6 +11,7 @@ import numpy as np
 from spray.analysis.discovery import CORRECTIONS
 from spray.analysis.neighbors import METHODS
 from spray.analysis.vectors import METRICS
+from spray.analysis.views import STEPS as VIEWS
 from spray.bulk.keeping import DTYPES, kept_arrays
 from spray.errors import UserError
 from spray.pipelines.analysis_options import check_analysis, check_shapes
@@ -84,7 +85,7 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
             raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
     check_plants(config)
     check_attribution(config)
-    check_evidence(config)
+    check_ranking(config)
     check_analysis(config, stages)
     if "correct" in stages and config.correction.methods:
         from spray.correction import check_methods, check_options
@@ -141,20 +142,23 @@ def check_attribution(config: SprayConfig) -> None:
         raise UserError(f"attribution.options has {', '.join(own)}, which isn't an option of heatmaps of the input")
 
 
-def check_evidence(config: SprayConfig) -> None:
-    """Check `rank.evidence`.
+def check_ranking(config: SprayConfig) -> None:
+    """Check `rank.evidence` and `rank.views`.
 
     Raises
     ------
     UserError
         For a kind that there is not, or one that is given twice.
     """
-    given = config.rank.evidence
-    unknown = [kind for kind in given if kind not in EVIDENCE]
-    if unknown:
-        raise UserError(f"rank.evidence has {unknown[0]!r}, which is unknown; allowed: {', '.join(EVIDENCE)}, or []")
-    if len(set(given)) < len(given):
-        raise UserError(f"rank.evidence={given} names a kind twice; each counts once")
+    for key, given, allowed in (
+        ("evidence", config.rank.evidence, EVIDENCE),
+        ("views", config.rank.views, tuple(VIEWS)),
+    ):
+        unknown = [name for name in given if name not in allowed]
+        if unknown:
+            raise UserError(f"rank.{key} has {unknown[0]!r}, which is unknown; allowed: {', '.join(allowed)}, or []")
+        if len(set(given)) < len(given):
+            raise UserError(f"rank.{key}={given} names one twice; each counts once")
 
 
 def _value(config: SprayConfig, key: str) -> Any:

@@ -25,11 +25,10 @@ from rank_cells import LAYERS, SETS, Cell, cells, context_of
 
 VERSION = 1
 """Raised when the clusters or their evidence are computed in another way."""
-VIEWS: dict[str, tuple[Any, ...]] = {
-    "place": ("sum", "pool", "normalize_sum"),
-    "scaled": ("sum", "pool", "normalize_sum"),
-    "peak": ("sum", {"peak": 9}, "normalize_sum"),
-}
+PLACE = ("sum", "pool", "normalize_sum")
+"""Steps of the analysis by default; the ranking adds views of its own."""
+KINDS = ("normal", "correlated", "decaying", "heavy")
+"""Of draws without structure: a round normal cloud, smooth noise, variances that fall as 1/k², Student's t(5)."""
 COUNTS = (2, 3, 4, 5, 6, 7, 8)
 LOOKED_AT = 6
 
@@ -65,13 +64,6 @@ def clusters_of(cell: Cell, out: Path) -> dict[str, Any]:
     return result
 
 
-def scaled(features: np.ndarray) -> np.ndarray:
-    """Return features in units of their usual deviation in the class, so that relevance at unusual places counts."""
-    middle = np.median(features, axis=0)
-    deviation = 1.4826 * np.median(np.abs(features - middle), axis=0) + 0.05 * np.abs(features).mean()
-    return np.clip((features - middle) / deviation, -10, 10).astype(np.float32)
-
-
 def labelings(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the spectral embedding and its clusterings, as the stage makes them."""
     from spray.analysis import cluster, spectral_embedding
@@ -89,6 +81,7 @@ def _class_rows(
     from spray.analysis.preprocessing import Preprocessing
     from spray.analysis.ranking import cross_fitted_separability, principal_components
     from spray.analysis.scoring import View, concentration, distinct_samples, find_candidates, most_separable
+    from spray.analysis.views import STEPS, view_features
 
     maps = relevance[:, 0]
     peaks = relevance_peaks(maps)
@@ -96,9 +89,9 @@ def _class_rows(
     margin = logits[:, c] - np.delete(logits, c, axis=1).max(axis=1)
     sharpness = concentration(maps)
     rows = []
-    for view, steps in VIEWS.items():
-        features = Preprocessing(steps).features(lambda: [relevance], len(relevance)).values
-        features = scaled(features) if view == "scaled" else features
+    views = {"place": Preprocessing(PLACE).features(lambda: [relevance], len(relevance)).values}
+    views |= {view: view_features(view, lambda: [relevance], len(relevance)) for view in STEPS}
+    for view, features in views.items():
         vectors, found = labelings(features)
         candidates = find_candidates(c, View(features, found), 0, distinct_samples(features))
         for x in most_separable(candidates, LOOKED_AT):
@@ -166,18 +159,85 @@ def _auroc(score: np.ndarray | None, truth: np.ndarray) -> float | None:
     return float((ranks[truth].sum() - n * (n + 1) / 2) / (n * (len(truth) - n)))
 
 
+def structureless(kind: str, number: int, out: Path) -> dict[str, Any]:
+    """Return the clusters of eight classes of 100 to 500 draws without any structure, computed once."""
+    path = out / "structureless" / f"{kind}-{number}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    from scipy.ndimage import gaussian_filter
+
+    from spray.analysis.scoring import View, distinct_samples, find_candidates
+    from spray.analysis.views import scaled
+
+    rng, rows = np.random.default_rng([number, KINDS.index(kind)]), []
+    for c in range(8):
+        n = int(rng.integers(100, 500))
+        X = rng.normal(size=(n, 64))
+        if kind == "correlated":
+            X = gaussian_filter(rng.normal(size=(n, 16, 16)), (0, 2, 2)).reshape(n, -1)
+        elif kind == "decaying":
+            X *= np.arange(1, 65) ** -1.0
+        elif kind == "heavy":
+            X *= np.arange(1, 65) ** -0.5 / np.sqrt(rng.chisquare(5, size=(n, 1)) / 5)
+        for view, features in (("place", X.astype(np.float32)), ("scaled", scaled(X))):
+            _, found = labelings(features)
+            for x in find_candidates(c, View(features, found), 0, distinct_samples(features)):
+                facts = _facts(f"{view}-{x.cluster}", view, c, x.member, np.zeros(n, dtype=bool))
+                rows.append({**facts, "tau": x.separability, "distinct": x.distinct, "n": x.n, "evidence": x.evidence})
+    name = f"structureless, {kind}"
+    result = {"dataset": name, "seed": number, "rate": 0, "target": None, "n_classes": 8, "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result))
+    return result
+
+
+def twin_loss(cell: Cell, out: Path) -> float | None:
+    """Return the accuracy that the cell's artifact costs the clean model of its seed; None if that is not there."""
+    import torch
+
+    from spray.data.planting import planted_truth
+
+    twin = Cell(cell.dataset, cell.seed)
+    path = out / cell.name / "twin.json"
+    if path.is_file():
+        return float(json.loads(path.read_text()))
+    if not (out / twin.name / "cell.json").is_file():
+        return None
+    torch.set_num_threads(1)
+    context, clean = context_of(cell, out), context_of(twin, out)
+    truth = planted_truth(context.config.dataset.plant, context.train)
+    assert truth is not None
+    others = np.flatnonzero(context.test.labels != truth.class_index)
+    pixels, labels = context.test.batch(others), context.test.labels[others]
+    marked, _ = truth.plant.mark(pixels, [f"test:{i}" for i in others])
+    before, after = (
+        float((clean.predict_pixels(clean.model, part).argmax(1).numpy() == labels).mean()) for part in (pixels, marked)
+    )
+    path.write_text(json.dumps(before - after))
+    return before - after
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/rank"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--tuning", action="store_true", help="tables of the seeds that the score was built with")
-    parser.add_argument("--structureless", type=int, default=400, help="draws of classes without structure")
+    parser.add_argument("--ready", action="store_true", help="only of runs whose clusters are there already")
+    parser.add_argument("--structureless", type=int, default=8, help="runs of each kind of eight structureless classes")
     options = parser.parse_args()
-    there = [cell for cell in cells(list(SETS)) if (options.out / cell.name / "cell.json").is_file()]
+    need = "clusters.json" if options.ready else "cell.json"
+    there = [cell for cell in cells(list(SETS)) if (options.out / cell.name / need).is_file()]
     print(f"{len(there)} of {len(list(cells(list(SETS))))} runs are there", file=sys.stderr, flush=True)
+    draws = [(kind, number) for kind in KINDS for number in range(options.structureless)]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(clusters_of, there, [options.out] * len(there)))
-    print(rank_tables.tables(results, options.tuning, options.structureless, options.out))
+        nothing = list(pool.map(structureless, *zip(*draws, strict=True), [options.out] * len(draws))) if draws else []
+        relying = [i for i, run in enumerate(results) if rank_tables.relies(run)]
+        if not options.ready:
+            losses = pool.map(twin_loss, [there[i] for i in relying], [options.out] * len(relying))
+            for i, loss in zip(relying, losses, strict=True):
+                results[i]["twin_loss"] = loss
+    print(rank_tables.tables(results, options.tuning, nothing))
     return 0
 
 

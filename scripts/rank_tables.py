@@ -231,7 +231,7 @@ def misses(planted: Sequence[dict[str, Any]]) -> str:
                 f"rank {found.class_rank}; accuracy of the others {run['clean_others']:.3f}, attacked "
                 f"{run['attacked_others']:.3f}, {run['attacked_to_class']:.1%} to the class; {best['planted']} marked, "
                 f"best cluster {best['cluster']} has {best['hits']} of them among {best['size']}"
-                + (f"; a clean twin loses {run['twin_loss']:.3f}" if "twin_loss" in run else "")
+                + (f"; a clean twin loses {run['twin_loss']:.3f}" if run.get("twin_loss") is not None else "")
             )
     return "\n".join(lines) or "none"
 
