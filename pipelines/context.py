@@ -111,7 +111,8 @@ class Context:
             self.config, run_dir=str(run_dir), model=replace(self.config.model, checkpoint=str(checkpoint))
         )
         part = Context(config, run_dir, self.log)
-        part._datasets = self._datasets
+        # What they were made from comes along, since the truth about what is planted is asked for as well.
+        part._loaded, part._planting = self._loaded, self._planting
         return part
 
     @cached_property

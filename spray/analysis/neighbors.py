@@ -5,7 +5,8 @@ Three ways, of which `method="auto"` takes the one that costs least:
 - "exact": all inner products, in blocks. The only one on a GPU, and for few samples.
 - "cells": only the samples of cells that lie near; its recall is measured on a few samples and logged.
 - "pynndescent": NN-descent (Dong, Moses and Li, 2011). It's compiled anew in each process, which takes half a minute,
-  and "cells" takes less than that for a million samples: "auto" never chooses it.
+  longer than "cells" takes for a few hundred thousand samples, and its neighbours depend on the number of threads:
+  "auto" never chooses it.
 
 Where rows are long, the screening may take principal components instead; how many is chosen by the recall that they
 give on a few samples. Whatever the screening, neighbours are then chosen by the true distances.
