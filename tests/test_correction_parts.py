@@ -202,6 +202,14 @@ def world_of_groups(world: World, n_others: int) -> tuple[object, np.ndarray]:
     return world.problem(train=ArrayDataset(images, labels, ("a", "b", "c")), findings=[finding]), others
 
 
+def test_one_stray_sample_makes_no_carriers_of_other_classes(world: World) -> None:
+    problem, others = world_of_groups(world, 20)
+    stray = np.flatnonzero(world.train.labels == 2)[1]
+    assert stray not in world.samples
+    finding = replace(problem.findings[0], samples=np.sort(np.append(world.samples, stray)))
+    assert set(np.flatnonzero(carriers(problem, finding))) == {*world.samples, *others, stray}
+
+
 def test_carriers_are_known_by_their_scores(world: World) -> None:
     problem, others = world_of_groups(world, 20)
     found = np.flatnonzero(carriers(problem, problem.findings[0]))

@@ -116,14 +116,18 @@ def inputs(problem: Problem, indices: np.ndarray) -> torch.Tensor:
 def carriers(problem: Problem, finding: Finding) -> np.ndarray:
     """Return which training images carry an artifact, bool (N,).
 
-    Those are the finding's samples and, of the other classes, the images that score as well as the least of them:
-    without scores none.
+    Those are the finding's samples and, of the other classes, the images whose score is nearer to what these typically
+    have than to what all other images typically have (medians): a single stray sample must not make half of the data
+    set carriers. Without scores no image of another class is one.
     """
     carries = np.zeros(len(problem.train), dtype=bool)
     carries[finding.samples] = True
     if finding.scores is not None and len(finding.samples):
         others = np.asarray(problem.train.labels) != finding.class_index
-        carries |= others & (finding.scores >= finding.scores[finding.samples].min())
+        typical = np.median(finding.scores[finding.samples])
+        rest = finding.scores[~carries]
+        if len(rest):
+            carries |= others & (finding.scores > (typical + np.median(rest)) / 2)
     return carries
 
 

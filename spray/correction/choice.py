@@ -4,9 +4,9 @@ The rule: of the settings that are tried, the one with the highest accuracy on h
 the isolated artifact is added to, among those that cost no clean accuracy. A setting costs clean accuracy if, on
 held-back images that carry no artifact, it gets more wrong than the reference by more than `max_loss` and one
 standard error of this difference. Strengths are tried from the weakest, until the first that costs clean accuracy.
-The reference of a projection, and of a refitted last layer, is the model itself; that of a method that trains is the
-control, fine-tuned with the same budget on the same images, since training on moves the accuracy by itself. If every
-setting costs clean accuracy, the one that costs least is taken and the facts say so.
+The reference of a projection is the model itself; that of a method that trains is the control, fine-tuned with the
+same budget on the same images (for a refitted last layer: refitted to these as they are), since training on moves the
+accuracy by itself. If every setting costs clean accuracy, the one that costs least is taken and the facts say so.
 """
 
 from __future__ import annotations

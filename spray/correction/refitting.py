@@ -39,7 +39,7 @@ def dfr(problem: Problem) -> nn.Module:
     strength = problem.options.strength_of("dfr")
     if strength is None:
         split = validation(problem)
-        features, labels = _balanced_features(problem, head, split.rest)
+        features, labels = _features(problem, head, split.rest)
 
         def trials() -> Iterator[Trial]:
             for s in STRENGTHS["dfr"]:
@@ -47,10 +47,13 @@ def dfr(problem: Problem) -> nn.Module:
                 _refit(model, head, features, labels, s)
                 yield Trial({"strength": s}, split.measure(model))
 
-        best = choose(problem, split.measure(problem.model), trials())
+        # The control of a refitted layer is one that is refitted in the same way to the images as they are.
+        control = copy.deepcopy(problem.model)
+        _refit(control, head, *_features(problem, head, split.rest, balanced=False), STRENGTHS["dfr"][0])
+        best = choose(problem, split.measure(control), trials())
         strength = float(best.setting["strength"])
     problem.facts["chosen"] = {"strength": strength}
-    _refit(problem.model, head, *_balanced_features(problem, head, None), strength)
+    _refit(problem.model, head, *_features(problem, head, None), strength)
     return problem.model
 
 
@@ -113,19 +116,24 @@ def _refit(model: nn.Module, head: str, features: np.ndarray, labels: np.ndarray
             layer.bias[classes] = torch.from_numpy(b).to(layer.bias)
 
 
-def _balanced_features(problem: Problem, head: str, indices: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the last layer's input (n, d), float64, for group-balanced images, and their classes (n,)."""
-    balanced = balance(problem, indices)
+def _features(
+    problem: Problem, head: str, indices: np.ndarray | None, balanced: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the last layer's input (n, d), float64, for images, group-balanced or as they are, and their classes."""
+    groups = balance(problem, indices)
+    weights = groups.weights if balanced else np.isin(np.arange(len(groups.labels)), indices).astype(np.float64)
     rng = np.random.default_rng([problem.seed, 59])
-    n = min(MOST, int((balanced.weights > 0).sum()))
-    drawn = _systematic(balanced.weights, n, rng)
+    n = min(MOST, int((weights > 0).sum()))
+    drawn = _systematic(weights, n, rng)
     parts = []
     for start in range(0, n, problem.batch_size):
         part = drawn[start : start + problem.batch_size]
-        pixels = balanced.fill(problem, problem.train.batch(part), part, rng)
+        pixels = problem.train.batch(part)
+        if balanced:
+            pixels = groups.fill(problem, pixels, part, rng)
         a = activations(problem.model, head + INPUT, problem.normalizer(pixels, problem.device))
         parts.append(a.flatten(1).double().cpu().numpy())
-    return np.concatenate(parts), balanced.labels[drawn]
+    return np.concatenate(parts), groups.labels[drawn]
 
 
 def _systematic(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
