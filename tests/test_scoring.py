@@ -11,6 +11,7 @@ from spray.analysis.clustering import spectral_rows
 from spray.analysis.ranking import cross_fitted_separability, outlier_p_value, principal_components
 from spray.analysis.scoring import (
     LARGEST,
+    PRIOR,
     SMALLEST,
     WEIGHTS,
     Candidate,
@@ -127,7 +128,7 @@ def test_verdicts_are_the_larger_of_two_p_values() -> None:
     taus = [9.0, 2.0, 2.5, 1.8, 2.2]
     found = [candidate(c, tau) for c, tau in enumerate(taus)]
     of_class, of_cluster = judge(found, range(6))
-    natural = outlier_p_value(np.log(9), np.log(taus[1:]))
+    natural = outlier_p_value(np.log(9), np.log(taus[1:]), *PRIOR)
     assert of_class[0].p_value == of_cluster[0].p_value == pytest.approx(natural)
     assert of_class[5].p_value == 1
     assert min(of_class, key=lambda c: of_class[c].p_value) == 0
