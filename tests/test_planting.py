@@ -242,6 +242,8 @@ def test_an_artifact_in_all_classes_has_the_rate_in_each() -> None:
     # Each class is drawn from by itself: another class more or less changes nothing.
     without = np.flatnonzero(labels != 2)
     np.testing.assert_array_equal(without[made.chosen(labels[without])], chosen[labels[chosen] != 2])
+    equal = made.chosen(np.repeat([0, 1], 100))
+    assert set(equal[equal < 100]) != set(equal[equal >= 100] - 100), "nor are they the same places in each class"
     truth = planted_truth({"kind": "box", "class": "all", "rate": 0.5}, dataset())
     assert (truth.class_index, truth.class_name, len(truth.samples)) == (None, "all", 60)
     assert class_of({"class": "all"}, ("all", "other")) == 0, "a class of that name goes first"
