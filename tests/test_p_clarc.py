@@ -173,7 +173,12 @@ def test_it_is_the_same_for_every_batch_size_and_trains_nothing(world: World) ->
 )
 def test_models_without_a_last_layer_to_fold_into_are_corrected_too(world: World, last: list) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(SIDE**2, 32), nn.ReLU(), *last).eval()
-    corrected = CORRECTIONS.get("p_clarc")(world.problem(model=copy.deepcopy(model), options=Options(layer="2")))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.1)
+    options = Options(layer="2", strength=1.0)
+    corrected = CORRECTIONS.get("p_clarc")(world.problem(model=copy.deepcopy(model), options=options))
     x = some(9).float()
     axes = fit_axes(world.problem(model=model), world.finding, "2", False)
     with torch.no_grad():

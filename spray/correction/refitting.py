@@ -121,7 +121,10 @@ def _features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the last layer's input (n, d), float64, for images, group-balanced or as they are, and their classes."""
     groups = balance(problem, indices)
-    weights = groups.weights if balanced else np.isin(np.arange(len(groups.labels)), indices).astype(np.float64)
+    weights = groups.weights
+    if not balanced:
+        everything = np.arange(len(groups.labels))
+        weights = np.isin(everything, everything if indices is None else indices).astype(np.float64)
     rng = np.random.default_rng([problem.seed, 59])
     n = min(MOST, int((weights > 0).sum()))
     drawn = _systematic(weights, n, rng)
