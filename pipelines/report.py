@@ -58,9 +58,9 @@ def _truth(context: Context) -> Truth | None:
     rows = read_truth(context.run_dir)
     on_a_class = (row for row in rows if row["extent"] and row["samples"] and row["class_index"] is not None)
     row = next(on_a_class, None)
-    return row and Truth(
-        row["class_index"], row["class_name"], row["kind"], row["rate"], frozenset(map(int, row["samples"]))
-    )
+    if row is None:
+        return None
+    return Truth(row["class_index"], row["class_name"], row["kind"], row["rate"], frozenset(map(int, row["samples"])))
 
 
 def _title(context: Context) -> str:
