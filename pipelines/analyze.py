@@ -111,11 +111,6 @@ def read_features(
     return preprocessing.features(partial(_finite_batches, attributions, index, source), len(index))
 
 
-def class_features(attributions: Attributions, index: np.ndarray, grid: int) -> np.ndarray:
-    """Return the features (n, d) of the samples at `index` after the default steps."""
-    return read_features(attributions, index, Preprocessing(grid=grid)).values
-
-
 def _finite_batches(attributions: Attributions, index: np.ndarray, source: str) -> Iterator[np.ndarray]:
     for rows, part in attributions.batches(index, name=source):
         values = part.astype(np.float32, copy=False)

@@ -15,6 +15,7 @@ from spray.figures import fitted, relevance_map, shared_limit
 from spray.pipelines.context import Context
 from spray.pipelines.other_run import plain, read_record
 from spray.report.comparison import ComparisonData, Evidence, Example, Model, Strategy, render_comparison
+from spray.report.words import PROVENANCE
 from spray.store import Attributions
 
 _CARDS, _SHARED_CARDS = 6, 3
@@ -192,12 +193,5 @@ def _examples(
 
 
 def _provenance(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    named = {
-        "spray_version": "spray",
-        "git_sha": "Git commit",
-        "seed": "Seed",
-        "device": "Device",
-        "config_hash": "Configuration, SHA-256",
-    }
-    told = [(name, plain(run[key])) for key, name in named.items() if run.get(key) is not None]
+    told = [(name, plain(run[key])) for key, name in PROVENANCE.items() if run.get(key) is not None]
     return told + [(f"Content of {plain(key)}", plain(value)) for key, value in dict(run.get("inputs", {})).items()]

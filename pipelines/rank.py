@@ -11,7 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from spray.analysis import separability
-from spray.analysis.content import SIDE, relevance_peaks, shared_content
+from spray.analysis.content import SIDE, relevance_peaks, shared_content, spread_evenly
 from spray.analysis.fisher import RIDGE
 from spray.analysis.scoring import (
     SMALLEST,
@@ -141,7 +141,10 @@ def _add_confidence(found: Sequence[Candidate], c: int, logits: np.ndarray) -> N
 def _look(context: Context, chosen: Sequence[Candidate], index: np.ndarray, attributions: Attributions) -> None:
     """Look at the images and heatmaps of some clusters, and some others of their class, and add that evidence."""
     kinds, n = context.config.rank.evidence, len(index)
-    wanted = [_even(np.arange(n), SAMPLED), *(_even(np.flatnonzero(x.member), OF_CLUSTER) for x in chosen)]
+    wanted = [
+        spread_evenly(np.arange(n), SAMPLED),
+        *(spread_evenly(np.flatnonzero(x.member), OF_CLUSTER) for x in chosen),
+    ]
     used = np.unique(np.concatenate(wanted))
     maps, images = _small(context, index[used], attributions)
     sharpness, peaks = concentration(maps), relevance_peaks(maps)
@@ -172,11 +175,6 @@ def _small(context: Context, indices: np.ndarray, attributions: Attributions) ->
         maps.append(interpolate(relevance, size) if smaller else adaptive_avg_pool2d(relevance, size))
         images.append(pixels if factor == 1 else adaptive_avg_pool2d(pixels, size))
     return torch.cat(maps)[:, 0].numpy(), torch.cat(images).float().numpy()
-
-
-def _even(values: np.ndarray, most: int) -> np.ndarray:
-    """Return at most so many of the values, spread evenly."""
-    return values[:: max(1, -(-len(values) // most))]
 
 
 def _cluster_row(context: Context, candidate: Candidate, verdict: Verdict) -> dict[str, Any]:

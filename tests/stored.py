@@ -13,7 +13,8 @@ import numpy as np
 
 from spray.store.assemble import assemble
 from spray.store.layout import ArraySpec, Layout
-from spray.store.shards import Shard, plan_shards, shard_writer
+from spray.store.shard_writing import shard_writer
+from spray.store.shards import Shard, plan_shards
 
 KEY = "0123abcd"
 ATTRIBUTES = {"method": "lrp", "composite": "epsilon_plus_flat", "target": "", "title": "Größe"}

@@ -19,6 +19,7 @@ import stored
 from spray.errors import UserError
 from spray.store.disk import memory_file
 from spray.store.layout import CHUNK_BYTES, ArraySpec, Layout
+from spray.store.shard_writing import shard_writer
 from spray.store.shards import (
     DamagedShardError,
     Shard,
@@ -28,7 +29,6 @@ from spray.store.shards import (
     rows_sha256,
     shard_chunks,
     shard_header,
-    shard_writer,
     write_chunk,
 )
 

@@ -23,7 +23,8 @@ from spray.bulk.writing import Writer, WritingThread, Written
 from spray.errors import UserError
 from spray.storage import read_json, write_json
 from spray.store.layout import ArraySpec, Layout
-from spray.store.shards import DamagedShardError, Shard, read_shard, shard_writer
+from spray.store.shard_writing import shard_writer
+from spray.store.shards import DamagedShardError, Shard, read_shard
 
 if TYPE_CHECKING:
     from spray.pipelines.config import SprayConfig

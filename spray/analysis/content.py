@@ -93,7 +93,7 @@ def shared_content(
     if member.sum() < 2 or (~member).sum() < 2:
         return 0.0
     gain = place_of_gain(relevance, member)
-    some = np.sort(np.concatenate([_even(np.flatnonzero(side), MOST) for side in (member, ~member)]))
+    some = np.sort(np.concatenate([spread_evenly(np.flatnonzero(side), MOST) for side in (member, ~member)]))
     peaks = relevance_peaks(relevance[some]) if peaks is None else peaks[some]
     images, member = images[some], member[some]
     return max(_at(images, places, member) for places in (peaks, np.tile(gain, (len(images), 1))))
@@ -157,11 +157,11 @@ def _distances(shifts: np.ndarray, templates: np.ndarray) -> tuple[np.ndarray, n
 
 def _spread(values: np.ndarray, member: np.ndarray) -> np.ndarray:
     """Return the members' values, or of many members some that are spread evenly."""
-    return values[_even(np.flatnonzero(member), AVERAGED)]
+    return values[spread_evenly(np.flatnonzero(member), AVERAGED)]
 
 
-def _even(indices: np.ndarray, most: int) -> np.ndarray:
-    """Return at most so many of the indices, spread evenly."""
+def spread_evenly(indices: np.ndarray, most: int) -> np.ndarray:
+    """Return at most so many of some indices (n,), spread evenly over them."""
     return indices[:: max(1, -(-len(indices) // most))]
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
 from spray.analysis.vectors import Vectors
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 BLOCK = 1 << 19
 """Inner products at a time and thread: two megabytes, which stay in the cache."""
@@ -44,17 +47,14 @@ class Screen(NamedTuple):
     basis: np.ndarray | None = None
 
 
-def in_threads(function: Callable[[Any], None], tasks: Iterable[Any]) -> None:
-    """Call `function` for every task, in torch's number of threads, each with a BLAS of one thread."""
+def in_threads(function: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Result]:
+    """Return what `function` gives for every task, in torch's number of threads, each with a BLAS of one thread."""
     threads = torch.get_num_threads()
     with threadpool_limits(1, "blas"):
         if threads == 1:
-            for task in tasks:
-                function(task)
-            return
+            return [function(task) for task in tasks]
         with ThreadPoolExecutor(threads) as pool:
-            # The list makes errors show.
-            list(pool.map(function, tasks))
+            return list(pool.map(function, tasks))
 
 
 def whole(vectors: Vectors) -> Screen:
@@ -179,18 +179,17 @@ def exhaustive(screen: Screen, count: int, rows: np.ndarray | None = None) -> tu
 def against_all(vectors: Vectors, rows: np.ndarray, count: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Do what `exhaustive` does for few rows in the precision of `dtype`, without all samples prepared at once."""
     queries = vectors.centred(rows, dtype)
-    parts: list[tuple[np.ndarray, np.ndarray]] = [None] * len(blocks := list(vectors.blocks()))  # type: ignore[list-item]
 
-    def search(number: int) -> None:
-        left, right = blocks[number].start, blocks[number].stop
-        others = vectors.centred(blocks[number], dtype)
+    def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        left, right = part.start, part.stop
+        others = vectors.centred(part, dtype)
         block = np.einsum("ij,ij->i", others, others) / 2 - queries @ others.T
         inside = np.flatnonzero((rows >= left) & (rows < right))
         block[inside, rows[inside] - left] = np.inf
         found = smallest(block, min(count, right - left))
-        parts[number] = found + left, _pick(block, found)
+        return found + left, _pick(block, found)
 
-    in_threads(search, range(len(blocks)))
+    parts = in_threads(search, vectors.blocks())
     best, scores = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     kept = smallest(scores, count)
     return _pick(best, kept), _pick(scores, kept).max(axis=1)
@@ -213,7 +212,9 @@ def on_device(screen: Screen, count: int, device: torch.device) -> tuple[np.ndar
     return candidates, worst
 
 
-def rerank(vectors: Vectors, candidates: np.ndarray, k: int, rows: np.ndarray | None = None) -> Any:
+def rerank(
+    vectors: Vectors, candidates: np.ndarray, k: int, rows: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the `k` nearest candidates of each row, by differences, ties by index, and their squared distances.
 
     Parameters

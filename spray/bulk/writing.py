@@ -16,7 +16,7 @@ from spray.store.shards import Shard
 
 
 class Writer(Protocol):
-    """What a shard is written with; `spray.store.shards.ShardWriter` is one."""
+    """What a shard is written with; `spray.store.shard_writing.ShardWriter` is one."""
 
     facts: dict[str, str]
 

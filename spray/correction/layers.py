@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from spray.errors import UserError
 
@@ -88,6 +89,16 @@ def activations(model: nn.Module, layer: str, x: Tensor) -> Tensor:
     return seen[0]
 
 
+def run_hooked(model: nn.Module, x: Tensor, hooks: Iterable[RemovableHandle]) -> Any:
+    """Return a model's output for an input, without a graph, and remove the hooks that have looked on."""
+    try:
+        with torch.no_grad():
+            return model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def channel_dim(model: nn.Module, layer: str, shape: torch.Size) -> int | None:
     """Return which dimension of activations (N, ...) counts channels, None where there are no positions."""
     if len(shape) < 3:
@@ -105,12 +116,7 @@ def output_layer(model: nn.Module, x: Tensor) -> str | None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name
     ]
-    try:
-        with torch.no_grad():
-            result = model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    result = run_hooked(model, x, hooks)
     same = [name for name, output in outputs if output.shape == result.shape and torch.equal(output, result)]
     return same[-1] if same else None
 
@@ -208,12 +214,7 @@ def _runs(model: nn.Module, x: Tensor) -> list[tuple[str, Tensor, int]]:
         for name, module in model.named_modules()
         if name
     ]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_hooked(model, x, hooks)
     return [(name, output, times) for name, (output, times) in seen.items()]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spray.correction.axes import joint, projected, reactive
 from spray.correction.base import CORRECTIONS, Problem, inputs
 from spray.correction.choice import choose_projection
-from spray.correction.layers import activations
+from spray.correction.layers import activations, run_hooked
 from spray.correction.wrapped import Projection
 
 
@@ -84,10 +84,5 @@ def readers(model: nn.Module, layer: str, x: Tensor) -> list[nn.Linear]:
             found.append(module)
 
     hooks = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, nn.Linear)]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_hooked(model, x, hooks)
     return found

@@ -25,7 +25,7 @@ from spray.report.data import (
     StageRow,
     Truth,
 )
-from spray.report.words import number
+from spray.report.words import PROVENANCE, number
 from spray.storage import read_json
 from spray.store.analyses import open_analysis
 
@@ -254,14 +254,7 @@ def _provenance(run: Mapping[str, Any], dataset: ImageDataset) -> Iterator[tuple
     started = [entry["started"] for entry in run.get("stages", {}).values() if entry.get("started")]
     if started:
         yield "Started", min(started)
-    named = {
-        "spray_version": "spray",
-        "git_sha": "Git commit",
-        "seed": "Seed",
-        "device": "Device",
-        "config_hash": "Configuration, SHA-256",
-    }
-    for key, name in named.items():
+    for key, name in PROVENANCE.items():
         if run.get(key) is not None:
             yield name, str(run[key])
     for name, hashed in (run.get("inputs") or {"dataset.train": dataset.fingerprint}).items():

@@ -41,6 +41,16 @@ _MEANINGS = {
 }
 
 
+PROVENANCE = {
+    "spray_version": "spray",
+    "git_sha": "Git commit",
+    "seed": "Seed",
+    "device": "Device",
+    "config_hash": "Configuration, SHA-256",
+}
+"""What pages tell of run.json, by its key."""
+
+
 def percent(share: Share | float | None, digits: int = 1) -> str:
     """Return a share as "83.2 %"."""
     value = share.value if isinstance(share, Share) else share

@@ -73,7 +73,8 @@ class AssemblingAhead(AbstractContextManager["AssemblingAhead"]):
         """Yield the shards that a pass is through with, until it is through with all or the work has ended."""
         for at in range(total):
             with self._changed:
-                self._changed.wait_for(lambda at=at: len(self._passed[what]) > at or self._ended)  # type: ignore[misc]
+                while len(self._passed[what]) <= at and not self._ended:
+                    self._changed.wait()
                 if len(self._passed[what]) <= at:
                     return
             yield self._passed[what][at]
@@ -92,7 +93,8 @@ class AssemblingAhead(AbstractContextManager["AssemblingAhead"]):
         """Yield the shards as they become ready; all are when they are gone through a second time."""
         for shard in shards:
             with self._changed:
-                self._changed.wait_for(lambda shard=shard: shard.number in self._ready or self._stopped)  # type: ignore[misc]
+                while shard.number not in self._ready and not self._stopped:
+                    self._changed.wait()
             self._check()
             yield shard
             with self._changed:

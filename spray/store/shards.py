@@ -12,27 +12,23 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import h5py
-import numpy as np
 
-from spray.storage import replacing
-from spray.store.disk import Encoder, disk_errors
 from spray.store.layout import Layout
 
 FORMAT = "spray shard 2"
-_BLOCK, _HEADER = 512, 448
+BLOCK, HEADER = 512, 448
 """Bytes of the block at the start and of the text in it; a SHA-256 in hexadecimal is the rest."""
 
-_CHUNK = struct.Struct("<HIQ")
+CHUNK = struct.Struct("<HIQ")
 """What comes before a chunk: the array's number among the sorted names, which filters were skipped, its bytes."""
 
-_LENGTH = struct.Struct("<Q")
+LENGTH = struct.Struct("<Q")
 """The last bytes of a file: the length of the text before them."""
 
 
@@ -105,7 +101,7 @@ class StoredChunk:
 
     def update(self, digest: Any, number: int) -> None:
         """Add it to a hash, with its array's number and its length, so that borders count too."""
-        digest.update(_CHUNK.pack(number, self.mask, len(self.raw)))
+        digest.update(CHUNK.pack(number, self.mask, len(self.raw)))
         digest.update(self.raw)
 
 
@@ -122,156 +118,6 @@ def plan_shards(n: int, shard_size: int) -> list[Shard]:
     return [Shard(i, at, min(at + shard_size, n)) for i, at in enumerate(range(0, n, shard_size))]
 
 
-class ShardWriter(AbstractContextManager["ShardWriter"]):
-    """Takes a shard's rows in order; the file appears when the block ends. Made by `shard_writer`."""
-
-    def __init__(self, path: Path, shard: Shard, key: str, layout: Layout, facts: Mapping[str, str]) -> None:
-        self.path, self.shard, self.key, self.layout, self.facts = Path(path), shard, key, layout, dict(facts)
-        self.rows = 0
-        self.quarantined: dict[int, str] = {}
-        self._numbers = {name: number for number, name in enumerate(layout.names)}
-        self._chunk = {name: layout.rows_per_chunk(spec) for name, spec in layout.arrays.items()}
-        self._written = dict.fromkeys(layout.names, 0)
-        self._digest = hashlib.sha256()
-        self._waiting = {name: np.empty((0, *spec.shape), spec.stored) for name, spec in layout.arrays.items()}
-
-    def __enter__(self) -> ShardWriter:
-        with disk_errors(self.path), ExitStack() as stack:
-            temporary = stack.enter_context(replacing(self.path))
-            self._encoder = Encoder(self.layout)
-            stack.callback(self._encoder.close)
-            # Without a buffer, so that closing it after an error has nothing left to write.
-            self._file = stack.enter_context(temporary.open("xb", buffering=0))
-            _write(self._file, bytes(_BLOCK))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self._stack.__exit__(kind, error, trace)
-            return
-        with disk_errors(self.path), self._stack:
-            self._finish()
-
-    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the next rows; only what doesn't fill a chunk yet is kept in memory.
-
-        Parameters
-        ----------
-        arrays : mapping of str to ndarray
-            Every array of the layout, (m, *shape of a row), in its dtype.
-
-        Raises
-        ------
-        ValueError
-            If an array is missing, unknown or of another shape, dtype or length, or the shard gets too many
-            rows. Let it pass on out of the block, and no file is written.
-        UserError
-            If the disk is full.
-        """
-        self._check(arrays)
-        self.rows += len(next(iter(arrays.values())))
-        with disk_errors(self.path):
-            self._write({name: self._with_waiting(name, arrays[name]) for name in self.layout.names})
-
-    def quarantine(self, index: int, reason: str) -> None:
-        """Note that sample `index` (in the dataset) could not be explained; its row is still to be appended."""
-        if not self.shard.start <= index < self.shard.stop:
-            raise ValueError(f"sample {index} is not in {self.shard}")
-        self.quarantined[int(index)] = str(reason)
-
-    def _with_waiting(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Return rows behind those that wait; without such, which is so where each row fills a chunk, not copied."""
-        return np.concatenate([self._waiting[name], array]) if len(self._waiting[name]) else array
-
-    def _check(self, arrays: Mapping[str, np.ndarray]) -> None:
-        if set(arrays) != set(self.layout.arrays):
-            raise ValueError(f"the rows have {sorted(arrays)}, but the layout has {list(self.layout.names)}")
-        lengths = {len(array) if array.ndim else -1 for array in arrays.values()}
-        if len(lengths) != 1:
-            raise ValueError(f"the arrays differ in their number of rows: {sorted(lengths)}")
-        for name, spec in self.layout.arrays.items():
-            array = arrays[name]
-            if array.shape[1:] != spec.shape or array.dtype != np.dtype(spec.dtype):
-                raise ValueError(
-                    f"rows of {name!r} must be {spec.shape} {spec.dtype}, not {array.shape[1:]} {array.dtype}"
-                )
-        if self.rows + lengths.pop() > self.shard.size:
-            raise ValueError(f"{self.shard} has {self.shard.size} rows, but got more")
-
-    def _write(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Write whole chunks, in an order that doesn't depend on how the rows were dealt out."""
-        ready = []
-        for name, array in rows.items():
-            at, chunk = self._written[name], self._chunk[name]
-            last = self.rows if self.rows == self.shard.size else self.rows // chunk * chunk
-            for cut in range(at, last, chunk):
-                stop = min(cut + chunk, last)
-                ready.append((stop, name, array[cut - at : stop - at]))
-            self._written[name] = last
-            # A copy, so that a few rows don't keep the whole batch in memory.
-            self._waiting[name] = array[last - at :].copy()
-        for _, name, part in sorted(ready, key=lambda each: each[:2]):
-            mask, raw = self._encoder.encode(name, part)
-            self._put(_CHUNK.pack(self._numbers[name], mask, len(raw)))
-            self._put(raw)
-
-    def _put(self, raw: bytes) -> None:
-        _write(self._file, raw)
-        self._digest.update(raw)
-
-    def _finish(self) -> None:
-        """Write what else there is to know, then the block at the start, whose SHA-256 covers everything."""
-        if self.rows != self.shard.size:
-            raise ValueError(f"{self.shard} has {self.shard.size} rows, but got {self.rows}")
-        text = json.dumps(
-            {
-                "layout": _layout_text(self.layout),
-                "facts": self.facts,
-                "quarantined": {str(index): self.quarantined[index] for index in sorted(self.quarantined)},
-                "data": self._digest.hexdigest(),
-            }
-        ).encode()
-        self._put(text)
-        self._put(_LENGTH.pack(len(text)))
-        header = _block(self.shard, self.key)
-        self._digest.update(header)
-        self._file.seek(0)
-        _write(self._file, header + self._digest.hexdigest().encode())
-
-
-def shard_writer(
-    path: Path, shard: Shard, key: str, layout: Layout, facts: Mapping[str, str] | None = None
-) -> ShardWriter:
-    """Return a context manager that takes a shard's rows; its file appears at the end, if all rows were given.
-
-    Parameters
-    ----------
-    path : Path
-        Of the file, which is replaced if it is there.
-    shard : Shard
-        Which samples.
-    key : str
-        Of the computation: ASCII, at most 128 characters. Readers refuse a shard with another key.
-    layout : Layout
-        Of the whole dataset.
-    facts : mapping of str to str, optional
-        Kept in the file.
-
-    Raises
-    ------
-    ValueError
-        If the shard doesn't lie in the dataset; at the end, if it didn't get exactly its rows. No file is left.
-    UserError
-        If the file can't be written: no space, no permission.
-    """
-    if not key.isascii() or not key.isprintable() or len(key) > 128:
-        raise ValueError(f"the key of a shard must be at most 128 printable ASCII characters, not {key!r}")
-    if not 0 <= shard.start < shard.stop <= layout.n:
-        raise ValueError(f"{shard} does not lie in a dataset of {layout.n} samples")
-    return ShardWriter(path, shard, key, layout, facts or {})
-
-
 def read_shard(path: Path, shard: Shard, key: str, layout: Layout) -> ShardFacts:
     """Verify every byte of a shard's file and that it is the one that is wanted.
 
@@ -285,7 +131,7 @@ def read_shard(path: Path, shard: Shard, key: str, layout: Layout) -> ShardFacts
     if not path.is_file():
         raise DamagedShardError(path, "is missing")
     with _reading(path), path.open("rb") as raw:
-        block = raw.read(_BLOCK)
+        block = raw.read(BLOCK)
         header = _parse(path, block)
         if (header.start, header.stop) != (shard.start, shard.stop):
             found, wanted = f"{header.start} to {header.stop - 1}", f"{shard.start} to {shard.stop - 1}"
@@ -295,12 +141,12 @@ def read_shard(path: Path, shard: Shard, key: str, layout: Layout) -> ShardFacts
         digest = hashlib.sha256()
         while part := raw.read(1 << 20):
             digest.update(part)
-        digest.update(block[:_HEADER])
-        if digest.hexdigest().encode() != block[_HEADER:]:
+        digest.update(block[:HEADER])
+        if digest.hexdigest().encode() != block[HEADER:]:
             raise DamagedShardError(path, "was changed or cut off since it was written: its SHA-256 differs")
         # These are the bytes that were written, but maybe not by this version of the writer.
         _, text = _end(raw)
-        if text["layout"] != _layout_text(layout):
+        if text["layout"] != layout_text(layout):
             raise DamagedShardError(path, "holds other arrays: they were computed with other settings")
         quarantined = {int(index): reason for index, reason in text["quarantined"].items()}
         return ShardFacts(quarantined, text["facts"], text["data"])
@@ -317,9 +163,9 @@ def shard_chunks(path: Path, shard: Shard, layout: Layout) -> Iterator[StoredChu
     rows = {name: layout.rows_per_chunk(spec) for name, spec in layout.arrays.items()}
     with _reading(path), path.open("rb") as raw:
         end, _ = _end(raw)
-        raw.seek(_BLOCK)
+        raw.seek(BLOCK)
         for name, row in _places(rows, shard.start, shard.stop):
-            number, mask, length = _CHUNK.unpack(raw.read(_CHUNK.size))
+            number, mask, length = CHUNK.unpack(raw.read(CHUNK.size))
             if layout.names[number] != name or raw.tell() + length > end:
                 raise ValueError(f"no chunk of {name!r} for row {row}")
             yield StoredChunk(name, row, mask, raw.read(length))
@@ -338,7 +184,7 @@ def shard_header(path: Path) -> ShardHeader:
     path = Path(path)
     try:
         with path.open("rb") as raw:
-            return _parse(path, raw.read(_BLOCK))
+            return _parse(path, raw.read(BLOCK))
     except OSError as error:
         raise DamagedShardError(path, f"can't be read: {error.strerror or error}") from None
 
@@ -389,15 +235,15 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _end(raw: BinaryIO) -> tuple[int, dict[str, Any]]:
     """Return where the chunks end, and the text behind them."""
-    end = raw.seek(-_LENGTH.size, os.SEEK_END)
-    (length,) = _LENGTH.unpack(raw.read(_LENGTH.size))
-    if length > end - _BLOCK:
+    end = raw.seek(-LENGTH.size, os.SEEK_END)
+    (length,) = LENGTH.unpack(raw.read(LENGTH.size))
+    if length > end - BLOCK:
         raise ValueError("its text is longer than the file")
     raw.seek(end - length)
     return end - length, json.loads(raw.read(length))
 
 
-def _layout_text(layout: Layout) -> dict[str, Any]:
+def layout_text(layout: Layout) -> dict[str, Any]:
     """Return all that decides what a shard's bytes mean, as JSON gives it back."""
     arrays = {
         name: [list(spec.shape), spec.stored.str, layout.rows_per_chunk(spec)]
@@ -406,21 +252,9 @@ def _layout_text(layout: Layout) -> dict[str, Any]:
     return {"arrays": arrays, "compression": layout.compression}
 
 
-def _write(file: FileIO, raw: bytes) -> None:
-    """Write all bytes, where the system may take fewer at a time."""
-    rest = memoryview(raw)
-    while rest:
-        rest = rest[file.write(rest) :]
-
-
-def _block(shard: Shard, key: str) -> bytes:
-    header = json.dumps({"format": FORMAT, "start": shard.start, "stop": shard.stop, "key": key})
-    return header.encode().ljust(_HEADER)
-
-
 def _parse(path: Path, block: bytes) -> ShardHeader:
     with suppress(ValueError, KeyError, TypeError):
-        header = json.loads(block[:_HEADER].decode())
-        if header["format"] == FORMAT and len(block) == _BLOCK:
+        header = json.loads(block[:HEADER].decode())
+        if header["format"] == FORMAT and len(block) == BLOCK:
             return ShardHeader(int(header["start"]), int(header["stop"]), str(header["key"]))
     raise DamagedShardError(path, "is not a shard of this version")
