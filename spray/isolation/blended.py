@@ -1,0 +1,145 @@
+"""Semi-transparent artifacts: watermarks, vignettes. Their opacity shows in how much less pixels vary behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+from spray.isolation.alignment import congeal, shifted
+from spray.isolation.artifact import ARTIFACTS, Artifact, smaller
+from spray.isolation.candidate import relevance_gain, salient
+from spray.isolation.changed import quartiles, smoothed
+from spray.isolation.evidence import Evidence
+from spray.isolation.statistics import discriminant, statistics
+
+FAINTEST = 0.1
+"""Least opacity that is told from none."""
+
+
+@ARTIFACTS.register("blended")
+@dataclass(frozen=True)
+class Blended(Artifact):
+    """An artifact that the image shows through: ``x' = (1 - α) x + α c``, α the mask and c the pattern.
+
+    Attributes
+    ----------
+    template : Tensor
+        (C, H, W): what it leaves in images from which the coarse structure was taken; zero where it has no edges.
+    weights, bias : Tensor, float
+        (d,): what makes a score of an image's statistics, for those without edges.
+    zero : float
+        The rest's typical answer to the template.
+    """
+
+    kind: ClassVar[str] = "blended"
+
+    template: Tensor
+    weights: Tensor
+    bias: float
+    zero: float
+
+    def score(self, images: Tensor) -> Tensor:
+        """Return how much an image is like the cluster, 1, rather than like the rest, 0, (n,)."""
+        if not self.template.any():
+            return statistics(images) @ self.weights.to(images) + self.bias
+        return (answers(images, self.template, self.radius)[0] - self.zero) / self.scale
+
+    def _match(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.template.any():
+            return torch.zeros(len(images)), torch.zeros(len(images), 2, dtype=torch.int64)
+        return answers(images, self.template, self.radius)
+
+    def without(self, images: Tensor) -> Tensor:
+        """Return images (n, C, H, W) with what lies behind it, x = (x' - αc) / (1 - α), as far as α is below 0.9."""
+        shift = -self._match(images)[1]
+        mask = self._moved(shift).to(images).clamp_max(0.9)
+        pattern = shifted(self.pattern.to(images).expand(len(images), -1, -1, -1), shift, self.radius)
+        return ((images - mask * pattern) / (1 - mask)).clamp(0, 1)
+
+
+def edges(images: Tensor) -> Tensor:
+    """Return images (n, C, H, W) without their coarse structure."""
+    return images - smoothed(images, 1.5)
+
+
+def answers(images: Tensor, template: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Return each image's best correlation with the template over all shifts (n,) and that shift (n, 2)."""
+    padded = nn.functional.pad(edges(images), (radius,) * 4)
+    answer = nn.functional.conv2d(padded, template.to(images)[None])[:, 0] / template.square().sum()
+    best = answer.flatten(1).argmax(dim=1)
+    side = answer.shape[2]
+    shift = torch.stack([best // side, best % side], dim=1) - radius
+    return answer.flatten(1).amax(dim=1), shift
+
+
+def isolate_blended(evidence: Evidence) -> Blended | None:
+    """Isolate what is blended into the images at about the same place, sharp enough to be aligned by its edges."""
+    images, others = evidence.images, evidence.other_images
+    radius = max(1, round(min(images.shape[2:]) / 10))
+    region = salient(relevance_gain(evidence.relevance, evidence.other_relevance))
+    if not region.any():
+        return None
+    around = torch.from_numpy(ndimage.binary_dilation(region.numpy(), iterations=radius)).float()
+    fine, factor = smaller(edges(images))
+    where = (smaller(around[None, None])[0][0, 0] > 0).float()
+    shift = (congeal(fine, where, -(-radius // factor))[1] * factor).clamp(-radius, radius)
+    for _ in range(2):
+        aligned = shifted(images, shift, radius)
+        alpha, _ = opacity(aligned, others, sigma=0.5)
+        alpha = alpha * (torch.from_numpy(ndimage.binary_dilation(region.numpy(), iterations=2 * radius)))
+        if not (alpha > 0).any():
+            return None
+        near = torch.from_numpy(ndimage.grey_dilation((alpha > 0).float().numpy(), size=(3, 3)))
+        template = near * (edges(aligned).mean(dim=0) - edges(others).mean(dim=0))
+        if float(template.square().sum()) < 1e-6:
+            return None
+        shift = answers(images, template, radius)[1]
+        shift = (shift - shift.median(dim=0).values).clamp(-radius, radius)
+    alpha, color = opacity(shifted(images, shift, radius), others, sigma=0.5)
+    alpha = alpha * near
+    own, rest = (answers(part, template, radius)[0] for part in (images, others))
+    unit = float(own.median() - rest.median())
+    if unit <= 1e-6 or not (alpha > 0).any():
+        return None
+    none = torch.zeros(statistics(images[:1]).shape[1])
+    return Blended(alpha, color, shift, unit, radius, True, template, none, 0.0, float(rest.median()))
+
+
+def isolate_veil(evidence: Evidence) -> Blended | None:
+    """Isolate what is blended softly over much of the image and always lies the same: a vignette, a gradient."""
+    images, others = evidence.images, evidence.other_images
+    alpha, color = opacity(images, others, sigma=min(images.shape[2:]) / 10)
+    if float((alpha > 0).float().mean()) < 0.05:
+        return None
+    w, b = discriminant(statistics(images), statistics(others))
+    shift = torch.zeros(1, 2, dtype=torch.int64)
+    return Blended(alpha, color, shift, 1.0, 1, True, torch.zeros_like(color), w, b, 0.0)
+
+
+def opacity(images: Tensor, others: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """Estimate opacity α (H, W) and content c (C, H, W) of what is blended into images, from quartiles of each pixel.
+
+    With ``x' = (1 - α) x + α c`` and the same distribution of x in both sets, every spread is (1 - α) times what it
+    was, ``s' = (1 - α) s``, and ``median' = (1 - α) median + α c``. The distance of the quartiles is the spread: a
+    cluster is never quite pure. Spreads are pooled over channels and a Gaussian neighbourhood of `sigma` pixels; the
+    content is one colour, the mean weighted by α², for a pixel of its own knows little of it.
+    """
+    (lower, inside, upper), (before_lower, outside, before_upper) = quartiles(images), quartiles(others)
+    spread, before = (
+        torch.from_numpy(ndimage.gaussian_filter((b - a).mean(dim=0).numpy(), sigma))
+        for a, b in ((lower, upper), (before_lower, before_upper))
+    )
+    alpha = 1 - spread / before.clamp_min(1e-3)
+    # A content inside [0, 1] has to account for the difference of the medians, too.
+    apart = inside - outside
+    room = torch.where(apart > 0, 1 - outside, outside).clamp_min(0.05)
+    least = torch.from_numpy(ndimage.gaussian_filter((apart.abs() / room).amax(dim=0).numpy(), sigma))
+    alpha = torch.maximum(alpha, 0.5 * (alpha + least)).clamp(0, 1)
+    alpha = torch.where((alpha > FAINTEST) & (least > 0.25 * FAINTEST), alpha, 0.0)
+    weight = alpha / alpha.square().sum().clamp_min(1e-6)
+    color = ((inside - (1 - alpha) * outside) * weight).sum(dim=(1, 2)).clamp(0, 1)
+    return alpha, color[:, None, None].expand_as(outside).clone()

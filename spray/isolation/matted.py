@@ -1,0 +1,196 @@
+"""Artifacts whose shape or colour differs from sample to sample: text, frames and stripes, stickers turned anyhow.
+
+One mean of them is nothing that any sample shows, so several samples are kept as donors, each with a matte of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from spray.isolation.artifact import ARTIFACTS, Artifact
+from spray.isolation.candidate import LARGEST, isolate, relevance_gain, salient
+from spray.isolation.evidence import Evidence
+
+DONORS = 48
+"""Most donors that are kept."""
+TOLERANCES = (0.006, 0.03)
+"""By how much, in a channel, pixels of one colour may differ; a matte falls to 0 at three times that."""
+AT_ONCE = 32
+"""Images whose pixels are compared with each other at once."""
+LEVELS = 16
+"""Levels of each channel that colours are counted by."""
+
+
+@ARTIFACTS.register("varying")
+@dataclass(frozen=True)
+class Donated(Artifact):
+    """An artifact whose samples share a place but not the content: donors (d, C, H, W) with mattes (d, H, W)."""
+
+    kind: ClassVar[str] = "varying"
+
+    donors: Tensor
+    mattes: Tensor
+
+    def placed(self, draws: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return masks (n, 1, H, W) and contents (n, C, H, W) of the donors that were drawn, where these have it."""
+        which = torch.from_numpy(np.asarray(draws) % len(self.donors))
+        return self.mattes[which, None].float(), self.donors[which].float()
+
+
+@ARTIFACTS.register("colored")
+@dataclass(frozen=True)
+class Colored(Donated):
+    """An artifact whose pixels have one colour: always the same (`color`, (C,)) or, NaN, another one in each sample.
+
+    `weights` (H, W) say how much more often the cluster's images have such a pixel than the rest's.
+    """
+
+    kind: ClassVar[str] = "colored"
+
+    color: Tensor
+    weights: Tensor
+    tolerance: float
+    zero: float
+
+    def found(self, images: Tensor) -> Tensor:
+        """Return each image's matte (n, 1, H, W)."""
+        return self._matte(images)[:, None]
+
+    def score(self, images: Tensor) -> Tensor:
+        """Return how much of the artifact's shape an image has, (n,): typically 1 in the cluster and 0 in the rest."""
+        return (self._filled(images) - self.zero) / self.scale
+
+    def _matte(self, images: Tensor) -> Tensor:
+        return one_color(images, self.weights, self.color, self.tolerance)
+
+    def _filled(self, images: Tensor) -> Tensor:
+        return (self._matte(images) * self.weights.to(images)).sum(dim=(1, 2))
+
+
+def one_color(images: Tensor, weights: Tensor, color: Tensor, tolerance: float) -> Tensor:
+    """Return mattes (n, H, W) of the pixels that have the artifact's colour, where weights are above 0.
+
+    Where its colour is not known (NaN) it is the one that the weights give most to, in each image by itself.
+    """
+    where = weights > 0
+    mattes = images.new_zeros(len(images), *weights.shape)
+    pixels = images[:, :, where]
+    colors = color.to(images)[:, None].expand(len(images), -1, 1)
+    if bool(color.isnan().any()):
+        parts = [_modal(part, weights[where].to(images), tolerance) for part in pixels.split(AT_ONCE)]
+        colors = torch.cat(parts) if parts else colors
+    distance = (pixels - colors).abs().amax(dim=1)
+    mattes[:, where] = (1.5 - distance / (2 * tolerance)).clamp(0, 1)
+    return mattes
+
+
+def _modal(pixels: Tensor, weight: Tensor, tolerance: float) -> Tensor:
+    """Return the colour (n, C, 1) of most weight among pixels (n, C, p) with weights (p,)."""
+    # Of many pixels not all are looked at as the colour; text of any size has more than one of its own.
+    step = -(-pixels.shape[2] // 256)
+    near = (pixels[:, :, ::step, None] - pixels[:, :, None]).abs().amax(dim=1) <= tolerance
+    best = (near * weight).sum(dim=2).argmax(dim=1)
+    return pixels[:, :, ::step].gather(2, best[:, None, None].expand(-1, pixels.shape[1], 1))
+
+
+def isolate_donated(evidence: Evidence) -> Artifact | None:
+    """Isolate a place, with the samples' content there; the artifact itself where the content is always the same."""
+    found = isolate(evidence.images, evidence.relevance, evidence.other_images, evidence.other_relevance)
+    if found is None or found.constant:
+        return found
+    soft = torch.from_numpy(ndimage.gaussian_filter(ndimage.binary_dilation(found.mask.numpy()).astype("f4"), 0.5))
+    donors = evidence.images[:DONORS]
+    parts = (found.pattern, torch.zeros(1, 2, dtype=torch.int64), found.scale, found.radius, False)
+    return Donated(soft, *parts, donors.half(), soft.expand(len(donors), -1, -1).half())
+
+
+def isolate_colored(evidence: Evidence) -> Colored | None:
+    """Isolate pixels of a colour that the cluster has where the rest of the class does not."""
+    inside, outside = evidence.images, evidence.other_images
+    color = _common_color(inside, outside)
+    if color is None:
+        return None
+    everywhere = torch.ones(inside.shape[2:])
+    return _colored(evidence, everywhere, color, TOLERANCES[-1])
+
+
+def isolate_uncolored(evidence: Evidence) -> Colored | None:
+    """Isolate shapes that have one colour inside each sample, another one in each, at a place of more relevance."""
+    gain = relevance_gain(evidence.relevance, evidence.other_relevance)
+    region = salient(gain)
+    if not region.any():
+        return None
+    around = torch.from_numpy(ndimage.binary_dilation(region.numpy(), iterations=2)).float()
+    if float(around.mean()) > LARGEST:
+        return None
+    none = torch.full((evidence.images.shape[1],), torch.nan)
+    weights = around * gain.clamp_min(0.1 * float(gain.max()))
+    tried = [_colored(evidence, weights, none, tolerance) for tolerance in TOLERANCES]
+    found = [one for one in tried if one is not None]
+    return max(found, key=lambda one: _separation(one, evidence), default=None)
+
+
+def _separation(artifact: Artifact, evidence: Evidence) -> float:
+    """Return how often a sample of the cluster scores higher than one of the rest."""
+    inside, outside = artifact.score(evidence.images), artifact.score(evidence.other_images)
+    return float((inside[:, None] > outside).float().mean() + 0.5 * (inside[:, None] == outside).float().mean())
+
+
+def _colored(evidence: Evidence, weights: Tensor, color: Tensor, tolerance: float) -> Colored | None:
+    """Weigh places by how much more often the cluster has the colour there, twice, and collect the donors."""
+    inside, outside = evidence.images, evidence.other_images
+    for _ in range(2):
+        often, seldom = (one_color(images, weights, color, tolerance).mean(dim=0) for images in (inside, outside))
+        more = torch.from_numpy(ndimage.gaussian_filter((often - seldom).numpy(), 0.5))
+        weights = torch.where(more > max(0.05, 0.2 * float(more.max())), more, 0.0)
+        if not (weights > 0).any():
+            return None
+    mattes = one_color(inside, weights, color, tolerance)
+    own = (mattes * weights).sum(dim=(1, 2))
+    rest = (one_color(outside, weights, color, tolerance) * weights).sum(dim=(1, 2))
+    zero, unit = float(rest.median()), float(own.median() - rest.median())
+    # Those of the cluster that lack it are no donors.
+    donors = (own >= zero + 0.5 * unit).nonzero()[:DONORS, 0]
+    if unit <= 1e-6 or not len(donors):
+        return None
+    shown = mattes[donors][:, None]
+    pattern = (shown * inside[donors]).sum(dim=0) / shown.sum(dim=0).clamp_min(1e-3)
+    fill = (shown * inside[donors]).sum(dim=(0, 2, 3)) / shown.sum(dim=(0, 2, 3))
+    pattern = torch.where(shown.sum(dim=0) > 0, pattern, fill[:, None, None]).clamp(0, 1)
+    zeros = torch.zeros(1, 2, dtype=torch.int64)
+    parts = (pattern, zeros, unit, 1, True, inside[donors].half(), mattes[donors].half())
+    return Colored(mattes[donors].mean(dim=0), *parts, color, weights, tolerance, zero)
+
+
+def _common_color(inside: Tensor, outside: Tensor) -> Tensor | None:
+    """Return the colour (C,) that most more of the cluster's images have than of the rest's, None if hardly any do.
+
+    An image has a colour if at least half a per cent of its pixels, and four, do.
+    """
+    pixels = max(4, round(0.005 * inside.shape[2] * inside.shape[3]))
+
+    def having(images: Tensor) -> np.ndarray:
+        bins = (images.clamp(0, 1 - 1e-6) * LEVELS).long().flatten(2)
+        code = bins[:, 0]
+        for channel in range(1, images.shape[1]):
+            code = code * LEVELS + bins[:, channel]
+        size = LEVELS ** images.shape[1]
+        return np.stack([np.bincount(row, minlength=size) for row in code.numpy()])
+
+    own, other = having(inside), having(outside)
+    share = (own >= pixels).mean(axis=0) - (other >= pixels).mean(axis=0)
+    amount = np.sqrt(own.mean(axis=0) / inside[0, 0].numel())
+    best = int((share.clip(0) * amount).argmax())
+    if share[best] < 0.4:
+        return None
+    digits = [best // LEVELS**power % LEVELS for power in range(inside.shape[1] - 1, -1, -1)]
+    low = torch.tensor(digits) / LEVELS
+    flat = inside.clamp(0, 1 - 1e-6).transpose(0, 1).flatten(1)
+    hit = ((flat >= low[:, None]) & (flat < low[:, None] + 1 / LEVELS)).all(dim=0)
+    return flat[:, hit].median(dim=1).values

@@ -1,0 +1,81 @@
+"""Statistics of whole images, by which they can be told apart that differ everywhere rather than at a place."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BANDS = 6
+"""Rings of equal width that the spectrum is averaged over, up to the highest frequency along an axis."""
+
+
+def radial_power(images: Tensor, n_bands: int = BANDS) -> Tensor:
+    """Return the log of the power in rings of the spectrum, (n, n_bands), of windowed images (n, C, H, W).
+
+    The mean is taken off and a Hann window put on first, or the jump from one border to the other would look like high
+    frequencies. Channels are averaged. The rings are those of `frequencies`.
+    """
+    height, width = images.shape[2:]
+    window = torch.outer(torch.hann_window(height, periodic=False), torch.hann_window(width, periodic=False))
+    centred = images - images.mean(dim=(2, 3), keepdim=True)
+    power = torch.fft.rfft2(centred * window.to(images)).abs().square().mean(dim=1)
+    fy, fx = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
+    radius = torch.hypot(fy[:, None], fx)
+    ring = (radius * 2 * n_bands).long()
+    rings = [power[:, ring == i].mean(dim=1) for i in range(n_bands)]
+    # Below a 255th of the range there is nothing but rounding.
+    floor = float(window.square().sum()) / 255**2 / 12
+    return (torch.stack(rings, dim=1) + floor).log()
+
+
+def frequencies(n_bands: int = BANDS) -> Tensor:
+    """Return the middle of each ring in cycles per pixel, (n_bands,)."""
+    return (torch.arange(n_bands) + 0.5) / (2 * n_bands)
+
+
+def statistics(images: Tensor) -> Tensor:
+    """Return a row of statistics (n, d) of each image (n, C, H, W) in [0, 1].
+
+    Of each channel mean, spread and the 2 % and 98 % quantiles, on the whole and along the border; differences of
+    channels; the power spectrum in rings; how much brighter and how much less varied corners are than the middle.
+    """
+    n, channels, height, width = images.shape
+    flat = images.flatten(2)
+    quantiles = torch.quantile(flat, torch.tensor([0.02, 0.98]).to(flat), dim=2)
+    depth = max(1, min(height, width) // 10)
+    border = torch.cat(
+        [images[:, :, :depth].flatten(2), images[:, :, -depth:].flatten(2), images[:, :, :, :depth].flatten(2)], dim=2
+    )
+    y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    far = (y[:, None].square() + x.square()).flatten()
+    corners, middle = flat[:, :, far > 1.0], flat[:, :, far < 0.4]
+    parts = [flat.mean(dim=2), flat.std(dim=2), *quantiles, border.mean(dim=2), border.std(dim=2)]
+    parts += [corners.mean(dim=2) - middle.mean(dim=2), corners.std(dim=2) - middle.std(dim=2)]
+    if channels > 1:
+        difference = flat[:, 1:] - flat[:, :-1]
+        parts += [difference.mean(dim=2), difference.std(dim=2)]
+    parts.append(radial_power(images))
+    return torch.cat([part.reshape(n, -1) for part in parts], dim=1)
+
+
+def discriminant(inside: Tensor, outside: Tensor) -> tuple[Tensor, float]:
+    """Return weights w (d,) and bias b such that w·φ + b has the median 1 inside and 0 outside.
+
+    Linear discriminant analysis with the shrinkage of Ledoit and Wolf (2004).
+
+    Parameters
+    ----------
+    inside, outside : Tensor
+        (n, d), (m, d): statistics of both kinds of images.
+    """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    both = torch.cat([inside, outside]).double().numpy()
+    center, spread = both.mean(axis=0), both.std(axis=0) + 1e-9
+    labels = np.arange(len(both)) < len(inside)
+    fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit((both - center) / spread, labels)
+    w = torch.from_numpy(fitted.coef_[0] / spread).to(inside)
+    high, low = float((inside @ w).median()), float((outside @ w).median())
+    unit = high - low if high > low else 1.0
+    return w / unit, -low / unit
