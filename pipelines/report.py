@@ -9,7 +9,7 @@ from typing import Any
 from spray.data.truth import read_truth
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
-from spray.report.data import Truth
+from spray.report.data import ReportData, Truth
 from spray.report.gather import gather
 from spray.report.render import render
 from spray.storage import write_text
@@ -17,19 +17,25 @@ from spray.virelay import can_show, export
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write `report.html` and `virelay/` from what the run directory holds."""
+    """Write `report.html`, `figures/` and `virelay/` from what the run directory holds."""
+    data = write_page(context)
+    facts = {"artifacts_found": len(data.found), "bytes": (context.run_dir / "report.html").stat().st_size}
+    _export(context)
+    return facts
+
+
+def write_page(context: Context) -> ReportData:
+    """Write `report.html` from what there is, be it part of a run; return what it shows."""
     data = gather(
         context.run_dir,
         context.train,
         context.test,
         title=_title(context),
         model=_model(context),
-        truth=_truth(context),
+        truths=_truths(context),
     )
-    page = render(data)
-    write_text(context.run_dir / "report.html", page)
-    _export(context)
-    return {"artifacts_found": len(data.found), "bytes": len(page.encode())}
+    write_text(context.run_dir / "report.html", render(data))
+    return data
 
 
 def _export(context: Context) -> None:
@@ -53,14 +59,21 @@ def _export(context: Context) -> None:
     )
 
 
-def _truth(context: Context) -> Truth | None:
-    """Return the first artifact that was planted on one class."""
-    rows = read_truth(context.run_dir)
-    on_a_class = (row for row in rows if row["extent"] and row["samples"] and row["class_index"] is not None)
-    row = next(on_a_class, None)
-    if row is None:
-        return None
-    return Truth(row["class_index"], row["class_name"], row["kind"], row["rate"], frozenset(map(int, row["samples"])))
+def _truths(context: Context) -> tuple[Truth, ...]:
+    """Return what was planted and changed something, artifacts first."""
+    rows = [row for row in read_truth(context.run_dir) if row["samples"] or row.get("left_out")]
+    truths = [
+        Truth(
+            row["class_index"],
+            row["class_name"],
+            row["kind"],
+            row["rate"],
+            frozenset(map(int, row["samples"])),
+            is_artifact=bool(row["extent"]),
+        )
+        for row in rows
+    ]
+    return tuple(sorted(truths, key=lambda truth: not truth.is_artifact))
 
 
 def _title(context: Context) -> str:

@@ -18,6 +18,7 @@ from spray.report.data import (
     Artifact,
     Embedding,
     Gallery,
+    Light,
     ModelResult,
     RankRow,
     Share,
@@ -27,7 +28,7 @@ from spray.report.data import (
     match_truth,
 )
 from spray.report.pictures import thumbnail
-from spray.report.render import best_correction, eigengap
+from spray.report.render import best_correction
 from spray.report.words import duration, interval, number, p_value, percent
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"> '\"`{{ 7*7 }} \u202egnp.\u202c 😀\udcff"
@@ -104,7 +105,9 @@ def embedding(name: str, n: int = 400) -> Embedding:
         kind="UMAP",
         clustering="kmeans-04",
         points=points,
-        clusters=clusters,
+        clusterings={"kmeans-02": clusters % 2, "kmeans-04": clusters},
+        scores={"artifact score of a1": np.where(clusters == 1, 0.9, 0.1) + rng.normal(scale=0.01, size=n)},
+        predictions=np.where(np.arange(n) % 9 == 0, 5, 3),
         members=clusters == 1,
         indices=np.arange(n),
         names=tuple(f"{name}/{i}.png" for i in range(n)),
@@ -146,7 +149,9 @@ def found(name: str = "striped coffee", files: str | None = None) -> ReportData:
             results("a_clarc", 0.949, 0.921),
             results("p_clarc", 0.931, 0.858),
         ),
-        truth=Truth(3, name, "tag", 0.12, frozenset(range(10, 120))),
+        truths=(Truth(3, name, "tag", 0.12, frozenset(range(10, 120))),),
+        class_names=tuple(name if c == 3 else f"class {c}" for c in range(10)),
+        lights=(Light(3, name, "red", "Backdoor"), Light(0, "cat", "green", "q 0.50; nothing to test")),
         embeddings=(embedding(name),),
         classes=tuple(
             RankRow(i + 1, c, 900, 40.2 / (i + 1), min(0.001 * 9**i, 0.9), None, i == 0)
@@ -173,7 +178,7 @@ def found(name: str = "striped coffee", files: str | None = None) -> ReportData:
 
 def clean() -> ReportData:
     rejected = dataclasses.replace(artifact("gravel", "a1", "no_effect"), flip_rate=0.02, p_value=0.61)
-    return dataclasses.replace(found(), artifacts=(rejected,), models=(), truth=None, skipped_samples=())
+    return dataclasses.replace(found(), artifacts=(rejected,), models=(), truths=(), skipped_samples=())
 
 
 def partial() -> ReportData:
@@ -278,7 +283,7 @@ def test_intervals_truth_and_p_value_are_stated():
     words = Page(render(found())).words().replace("\u202f", " ")
     assert "18.3 %" in words
     assert "15.8 – 20.8" in words.replace("\u2009", " ")
-    assert "Known because the artifact was planted" in words
+    assert "Known, because it was planted" in words
     assert "91.5 % of its samples" in words  # 108 of 118
     assert "98.2 % of those that do" in words  # 108 of 110
     assert "< 0.001" in words
@@ -292,7 +297,7 @@ def test_several_findings_are_counted():
 
 def test_missed_truth_is_said():
     truth = Truth(8, "moon", "tag", 0.1, frozenset({1}))
-    assert "It was missed" in Page(render(dataclasses.replace(found(), truth=truth))).words()
+    assert "It was missed" in Page(render(dataclasses.replace(found(), truths=(truth,)))).words()
     assert match_truth(truth, found().found).artifact is None
 
 
@@ -302,9 +307,18 @@ def test_controls_are_no_corrections():
     assert best_correction(None) is None
 
 
-def test_eigengap_counts_the_values_below_the_gap():
-    assert eigengap(np.array([0.0, 0.02, 0.05, 0.6, 0.7])) == 3
-    assert eigengap(np.array([0.0])) == 1
+def test_the_gap_of_the_chart_is_the_analysis_own():
+    from spray.report.plots import HEIGHT, eigen_chart
+
+    chart = eigen_chart(np.array([0.0, 0.02, 0.05, 0.6, 0.7]))
+    assert chart.groups == 3
+    x = [dot[0] for dot in chart.dots]
+    assert x[2] < chart.gap_x < x[3]
+    assert chart.gap == (chart.dots[3][1], chart.dots[2][1]), "from the value after the gap to that before it"
+    assert [value for _, value in chart.ticks] == [0.0, 0.5, 1.0]
+    assert all(0 <= y <= HEIGHT for _, y, _ in chart.dots)
+    assert eigen_chart(np.array([0.0])) is None
+    assert eigen_chart(np.zeros(3)).ticks[-1][1] == 1.0
 
 
 @pytest.mark.parametrize(

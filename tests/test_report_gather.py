@@ -194,7 +194,8 @@ def test_gallery_shows_the_right_samples_with_their_own_pictures(run_dir, datase
 
 
 def test_embedding_shows_artifact_classes_and_the_first_of_the_ranking(run_dir, dataset):
-    star, moon = gather(run_dir, dataset, title="t", model="m").embeddings
+    star, moon, disc = gather(run_dir, dataset, title="t", model="m").embeddings
+    assert disc.class_name == "disc", "every class is shown, those of which something is known first"
     assert (star.class_name, star.clustering) == ("star", "kmeans-03")
     assert (moon.class_index, moon.clustering) == (2, "kmeans-02")
     assert star.indices[star.members].tolist() == list(CARRIERS)
@@ -213,16 +214,24 @@ def test_shares_provenance_and_skipped_samples(run_dir, dataset):
     assert original.worst_class is None
     assert data.found[0].effects[0].attacked.value == 0.3
     assert dict(data.provenance)["Command"] == "spray seed=1 'dataset.train=my data'"
-    assert [stage.name for stage in data.stages] == ["train"]
+    assert {stage.name: stage.status for stage in data.stages} == {
+        "train": "done",
+        "attribute": "done",
+        "analyze": "done",
+        "rank": "done",
+        "isolate": "done",
+        "correct": "not asked",
+        "verify": "done",
+    }, "of stages that run.json doesn't name, the files tell; the report itself is no row"
     assert data.skipped_samples == ("star/broken.png: truncated file",)
     assert any("tested on 40 images" in caveat for caveat in data.caveats)
 
 
 def test_points_are_limited_and_keep_artifact_samples(run_dir, dataset):
-    from spray.report.evidence import embedding
+    from spray.report.embeddings import Wanted, embedding
 
     with open_analysis(run_dir / "analysis.h5") as analysis:
-        plot = embedding(dataset, analysis.group(1), 1, "no such", set(CARRIERS), most=20)
+        plot = embedding(dataset, analysis.group(1), 1, Wanted("no such", set(CARRIERS)), most=20)
     assert (len(plot.names), plot.members.sum(), plot.total) == (20, 10, 80)
     assert plot.clustering == "kmeans-02"
 
@@ -236,7 +245,7 @@ def test_any_one_file_may_be_missing(run_dir, dataset, missing):
 
     (run_dir / missing).unlink()
     truth = Truth(1, "star", "tag", 0.375, frozenset(CARRIERS))
-    page = render(gather(run_dir, dataset, title="t", model="m", truth=truth))
+    page = render(gather(run_dir, dataset, title="t", model="m", truths=[truth]))
     expected = {
         "analysis.h5": "analyze",
         "ranking.json": "rank",
@@ -245,6 +254,108 @@ def test_any_one_file_may_be_missing(run_dir, dataset, missing):
     }
     for file, stage in expected.items():
         assert (f"Not run: the <b>{stage}</b>" in page) == (file == missing)
+
+
+def with_stages(run_dir: Path, **statuses: str) -> None:
+    """Say in run.json what became of stages."""
+    run = json.loads((run_dir / "run.json").read_text())
+    for name, status in statuses.items():
+        run["stages"][name] = {"status": status, "seconds": 1.0, "outputs": {}, "facts": {}}
+        if status == "failed":
+            run["stages"][name]["error"] = "RuntimeError: <b>no</b> memory"
+    (run_dir / "run.json").write_text(json.dumps(run))
+
+
+@pytest.mark.parametrize("status", ["failed", "running", "pending"])
+def test_results_of_stages_that_did_not_finish_do_not_count(run_dir, dataset, status):
+    with_stages(run_dir, attribute="done", analyze="done", rank="done", isolate=status, verify="pending")
+    data = gather(run_dir, dataset, title="t", model="m")
+    assert data.artifacts is None, "artifacts.json is from an earlier run"
+    assert data.models is None
+    assert data.classes is not None
+    assert not any(row.found for row in data.classes)
+    assert {light.colour for light in data.lights} == {"none"}
+    assert not any(plot.members.any() for plot in data.embeddings)
+    assert (data.failed is not None) == (status == "failed")
+
+
+def test_page_of_a_failed_run_says_where_and_claims_nothing(run_dir, dataset):
+    from spray.report import render
+
+    with_stages(run_dir, attribute="done", analyze="failed", rank="pending", isolate="pending", verify="pending")
+    page = " ".join(
+        re.sub(r"<[^>]+>", " ", render(gather(run_dir, dataset, title="t", model="m")).split("<script")[0]).split()
+    )
+    assert "No verdict: the run failed in stage analyze." in page
+    assert "analyze failed: RuntimeError: &lt;b&gt;no&lt;/b&gt; memory" in page
+    assert "rank was not reached" in page
+    for claim in ("Clever Hans", "No artifact was found", "Every candidate", "turned, control"):
+        assert claim not in page
+
+
+def test_each_class_has_a_light(run_dir, dataset):
+    data = gather(run_dir, dataset, title="t", model="m")
+    assert [(light.class_name, light.colour) for light in data.lights] == [
+        ("star", "red"),
+        ("disc", "none"),  # it is in no row of the ranking
+        (dataset.classes[2], "green"),
+    ]
+    assert "60\u202f% turned, control 5\u202f%" in data.lights[0].reason
+
+
+@pytest.mark.parametrize(
+    ("q", "verdict", "colour"),
+    [(0.01, None, "amber"), (0.2, None, "green"), (0.01, "no_effect", "amber"), (0.9, "sample_bias", "amber")],
+)
+def test_a_class_that_stands_out_without_an_artifact_is_amber(q, verdict, colour):
+    from spray.report.data import Artifact, RankRow
+    from spray.report.lights import lights
+
+    candidates = () if verdict is None else (Artifact("a1", 0, "c", verdict),)
+    row = RankRow(1, "c", 9, 2.0, 0.001, class_index=0, q_value=q)
+    assert [light.colour for light in lights(["c"], candidates, [row])] == [colour]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "most", "expected"),
+    [
+        ([10, 20], [1, 1], 100, [10, 20]),
+        ([100, 100], [1, 1], 50, [25, 25]),
+        ([100, 5, 100], [3, 1, 1], 45, [30, 5, 10]),
+        ([], [], 10, []),
+    ],
+)
+def test_points_are_shared_out(sizes, weights, most, expected):
+    from spray.report.embeddings import allot
+
+    assert allot(sizes, weights, most) == expected
+
+
+def test_scores_predictions_and_clusterings_come_along(run_dir, dataset):
+    star = gather(run_dir, dataset, title="t", model="m").embeddings[0]
+    assert set(star.clusterings) == {"kmeans-02", "kmeans-03"}
+    score = star.scores["artifact score of star-1"]
+    assert score.tolist() == pytest.approx([(2.0 if i in CARRIERS else 0.0) + i / N for i in star.indices])
+    with h5py.File(run_dir / "attributions.h5") as file:
+        logits = file["prediction"][:][star.indices]
+    assert star.predictions.tolist() == logits.argmax(axis=1).tolist()
+    lead = logits[:, 1] - np.maximum(logits[:, 0], logits[:, 2])
+    assert star.scores["lead of the class's logit"].tolist() == pytest.approx(lead.tolist())
+
+
+def test_a_sample_that_cannot_be_read_is_grey(run_dir):
+    from spray.data.base import UnreadableSampleError
+
+    class Broken(Images):
+        def batch(self, indices):
+            if 7 in np.asarray(indices):
+                raise UnreadableSampleError(7, "gone")
+            return super().batch(indices)
+
+    star = gather(run_dir, Broken(), title="t", model="m").embeddings[0]
+    grey = star.thumbnails[star.indices.tolist().index(7)]
+    assert (grey == 128).all()
+    assert not (star.thumbnails[8] == 128).all()
 
 
 def test_nothing_at_all_still_gives_a_page(tmp_path, dataset):
@@ -283,13 +394,16 @@ def test_stage_writes_report_and_virelay_project(run_dir, dataset):
     write_truth(run_dir, plant_all(dataset, plants)[1], dataset)
     facts = STAGE.run(context(run_dir, dataset))
     page = (run_dir / "report.html").read_text()
-    assert re.search(r"a tag on \d+ training samples\s+\(25\s*%\) of", page), (
-        "of what was planted, the artifact on one class"
-    )
+    told = [
+        re.search(rf"{kind} on \d+ training samples\s+\({share}\s*%\) of", page)
+        for kind, share in (("Box", 25), ("Tag", 25), ("Mislabel", 10))
+    ]
+    assert all(told), "all that was planted is named"
+    assert [match.start() for match in told] == sorted(match.start() for match in told), "artifacts first"
     assert facts == {"artifacts_found": 1, "bytes": (run_dir / "report.html").stat().st_size}
     assert "image_folder: shapes" in page
     assert "mine.py:build" in page
-    assert "Known because the artifact was planted" in page
+    assert "Known, because it was planted" in page
     assert "moon &amp; &lt;i&gt;sun" in page
     assert "<i>sun" not in page
     project = (run_dir / "virelay" / "project.yaml").read_text()

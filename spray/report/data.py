@@ -5,7 +5,7 @@ None stands for "not run" or "not known"; an empty tuple for "run, and nothing f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,10 @@ class Share:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """How one model does on clean test images and on test images with an artifact added."""
+    """How one model does on clean test images and on test images with an artifact added.
+
+    `further` holds what else was measured, by name, as it is printed.
+    """
 
     name: str
     n: int | None = None
@@ -35,6 +38,7 @@ class ModelResult:
     worst_class: Share | None = None
     planted_attacked: Share | None = None
     planted_to_class: Share | None = None
+    further: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +66,8 @@ class Artifact:
     """A candidate and how it did in the causal test.
 
     `pattern` and `mask` are pictures: uint8 (H, W, 4) and (H, W). `effects` holds one result for each model
-    where the candidate itself was added to the test images.
+    where the candidate itself was added to the test images; `further` what else is known, by name, as it is printed.
+    `scores` has one number for each of `samples`, none where they are not known.
     """
 
     id: str
@@ -72,13 +77,19 @@ class Artifact:
     cluster: str | None = None
     flip_rate: float | None = None
     control_flip_rate: float | None = None
+    flip_rate_interval: tuple[float, float] | None = None
+    control_flip_rate_interval: tuple[float, float] | None = None
     p_value: float | None = None
     logit_gain: float | None = None
     n_tested: int | None = None
     removal_cost: float | None = None
     removal_p_value: float | None = None
+    kind: str | None = None
+    opacity: float | None = None
+    further: tuple[tuple[str, str], ...] = ()
     samples: tuple[int, ...] = ()
     sample_names: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
     pattern: np.ndarray | None = None
     mask: np.ndarray | None = None
     galleries: tuple[Gallery, ...] = ()
@@ -90,16 +101,42 @@ class Artifact:
         """Whether the causal test confirmed the candidate."""
         return self.verdict in PASSED
 
+    @property
+    def flips(self) -> Share | None:
+        """Share of other images that turn into the class when the artifact is added."""
+        return None if self.flip_rate is None else Share(self.flip_rate, *(self.flip_rate_interval or ()))
+
+    @property
+    def control_flips(self) -> Share | None:
+        """The same with a control patch."""
+        rate = self.control_flip_rate
+        return None if rate is None else Share(rate, *(self.control_flip_rate_interval or ()))
+
 
 @dataclass(frozen=True)
 class Truth:
-    """The artifact that the dataset's configuration planted, known beforehand."""
+    """What the dataset's configuration planted, known beforehand.
 
-    class_index: int
-    class_name: str
+    Attributes
+    ----------
+    class_index, class_name : int and str, or None
+        Where it was planted; None for all classes.
+    kind : str
+        Such as `tag`, `border`, `mislabel`.
+    rate : float
+        Share of the class's samples.
+    samples : frozenset of int
+        Training samples that carry it.
+    is_artifact : bool
+        Whether it is something in the images that could be isolated.
+    """
+
+    class_index: int | None
+    class_name: str | None
     kind: str
     rate: float
     samples: frozenset[int]
+    is_artifact: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,7 +157,11 @@ class Match:
 
 @dataclass(frozen=True)
 class RankRow:
-    """One row of the ranking: a class, or a cluster of one."""
+    """One row of the ranking: a class, or a cluster of one.
+
+    `null` is the range of the best scores of the other classes: least, median, greatest. A class that is like the
+    others scores about as much as they do.
+    """
 
     rank: int
     class_name: str
@@ -129,6 +170,24 @@ class RankRow:
     p_value: float | None
     cluster: str | None = None
     found: bool = False
+    class_index: int | None = None
+    q_value: float | None = None
+    score: float | None = None
+    null: tuple[float, float, float] | None = None
+    evidence: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Light:
+    """What is to be said of one class at a glance.
+
+    `colour` is `red` (an artifact), `amber` (something to look at), `green` (nothing) or `none` (not judged).
+    """
+
+    class_index: int
+    class_name: str
+    colour: str
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +196,17 @@ class Embedding:
 
     Attributes
     ----------
+    kind : str
+        What the plane is, such as UMAP.
+    clustering : str
+        The clustering that is shown first.
     points : ndarray, shape (n, 2)
-    clusters : ndarray of int, shape (n,)
-        Labels of `clustering`; -1 is noise.
+    clusterings : mapping of str to ndarray of int, shape (n,)
+        Labels of each clustering; -1 is noise.
+    scores : mapping of str to ndarray of float, shape (n,)
+        What samples can be coloured by, by name; NaN where it is not known.
+    predictions : ndarray of int, shape (n,), or None
+        The class that the model under study predicts.
     members : ndarray of bool, shape (n,)
         Which samples belong to an artifact.
     indices, names : length n
@@ -156,7 +223,9 @@ class Embedding:
     kind: str
     clustering: str
     points: np.ndarray
-    clusters: np.ndarray
+    clusterings: Mapping[str, np.ndarray]
+    scores: Mapping[str, np.ndarray]
+    predictions: np.ndarray | None
     members: np.ndarray
     indices: np.ndarray
     names: tuple[str, ...]
@@ -164,15 +233,44 @@ class Embedding:
     eigenvalues: np.ndarray
     total: int
 
+    @property
+    def clusters(self) -> np.ndarray:
+        """Labels of the clustering that is shown first, int (n,)."""
+        return self.clusterings[self.clustering]
+
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage of the run: what became of it and what it reported."""
+    """One stage of the run: what became of it and what it reported.
+
+    `status` is `done`, `failed`, `running` (it was cut short), `pending` (not reached), `stale` (out of date) or
+    `not asked`; `error` says why.
+    """
 
     name: str
     status: str
     seconds: float | None = None
     facts: tuple[tuple[str, str], ...] = ()
+    started: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class OutputRow:
+    """A file that the run wrote."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """A further table of the verification, such as its rounds, as it is printed."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,16 +281,24 @@ class ReportData:
     model: str
     n_train: int
     n_classes: int
+    class_names: tuple[str, ...] = ()
+    n_test: int | None = None
     artifacts: tuple[Artifact, ...] | None = None
+    lights: tuple[Light, ...] = ()
     models: tuple[ModelResult, ...] | None = None
-    truth: Truth | None = None
+    checks: tuple[Check, ...] = ()
+    truths: tuple[Truth, ...] = ()
     embeddings: tuple[Embedding, ...] | None = None
+    without_plot: tuple[str, ...] = ()
     classes: tuple[RankRow, ...] | None = None
     clusters: tuple[RankRow, ...] | None = None
+    untested: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
     provenance: tuple[tuple[str, str], ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
+    config: str = ""
     stages: tuple[StageRow, ...] = ()
+    outputs: tuple[OutputRow, ...] = ()
     skipped_samples: tuple[str, ...] = ()
 
     @property
@@ -205,12 +311,23 @@ class ReportData:
         """The candidates that did not."""
         return tuple(artifact for artifact in self.artifacts or () if not artifact.passed)
 
+    @property
+    def failed(self) -> StageRow | None:
+        """The stage that ended the run, if one did."""
+        return next((stage for stage in self.stages if stage.status == "failed"), None)
+
+    @property
+    def missing(self) -> tuple[StageRow, ...]:
+        """The stages without a result that counts."""
+        return tuple(stage for stage in self.stages if stage.status != "done")
+
 
 def match_truth(truth: Truth, found: Sequence[Artifact]) -> Match:
-    """Return the finding in the planted class that shares most samples with the truth, if there is one."""
+    """Return the finding that shares most samples with the truth, in its class where it was planted on one."""
     matches = [
         Match(artifact, len(truth.samples.intersection(artifact.samples)))
         for artifact in found
-        if artifact.class_index == truth.class_index
+        if truth.class_index is None or artifact.class_index == truth.class_index
     ]
-    return max(matches, key=lambda match: match.n_hits, default=Match(None))
+    best = max(matches, key=lambda match: match.n_hits, default=Match(None))
+    return best if best.n_hits else Match(None)

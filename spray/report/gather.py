@@ -1,10 +1,7 @@
-"""Reads a run directory into the report's data; whatever is not there is "not run"."""
+"""Reads a run directory into the report's data; whatever is not there, or does not count, is "not run"."""
 
 from __future__ import annotations
 
-import csv
-import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,23 +13,56 @@ from spray.report import evidence
 from spray.report.data import (
     PASSED,
     Artifact,
+    Check,
     Embedding,
     Gallery,
     ModelResult,
     RankRow,
     ReportData,
     Share,
-    StageRow,
     Truth,
 )
-from spray.report.words import PROVENANCE, number
-from spray.storage import read_json
-from spray.store.analyses import open_analysis
+from spray.report.embeddings import POINTS, Wanted, embeddings
+from spray.report.lights import lights
+from spray.report.record import Results, check, facts, skipped
 
-_CLASSES = 4  # embeddings shown at most
 _GALLERIES = 4  # artifacts shown with galleries at most
-_POINTS = 1600  # points with thumbnails on the whole page
-_POINTS_OF_CLASS = 1000
+_FIRST_CANDIDATE = 1  # scores of rejected candidates that points can be coloured by, for each class
+_KNOWN_OF_ARTIFACT = frozenset(
+    (
+        "id",
+        "class_index",
+        "class_name",
+        "cluster",
+        "samples",
+        "verdict",
+        "kind",
+        "opacity",
+        "flip_rate",
+        "control_flip_rate",
+        "p_value",
+        "logit_gain",
+        "mask",
+        "pattern",
+        "scores",
+        "n_tested",
+        "removal_cost",
+        "removal_p_value",
+    )
+)
+_KNOWN_OF_MODEL = frozenset(
+    (
+        "n",
+        "n_attacked",
+        "clean_accuracy",
+        "attacked_accuracy",
+        "attacked_to_class",
+        "artifact_relevance",
+        "worst_class_accuracy",
+        "artifacts",
+        "planted",
+    )
+)
 _CAVEATS = (
     "Tidy clusters and high separability do not mean a right finding: they say where to look, and the causal "
     "test with its control decides.",
@@ -52,89 +82,90 @@ def gather(
     *,
     title: str,
     model: str,
-    truth: Truth | None = None,
+    truths: Sequence[Truth] = (),
+    points: int = POINTS,
 ) -> ReportData:
     """Collect what the report shows.
 
     Parameters
     ----------
     run_dir : Path
-        A run directory; every file in it may be missing.
+        A run directory; every file in it may be missing, and only those of finished stages count.
     dataset : ImageDataset
         The training samples of the run.
     test : ImageDataset, optional
-        Its test samples; the report only says which of them could not be read.
+        Its test samples; the report only says how many there are and which could not be read.
     title, model : str
         What was studied.
-    truth : Truth, optional
-        The planted artifact, where there is one.
+    truths : sequence of Truth
+        What was planted, where something was.
+    points : int
+        Most points in the embeddings altogether.
     """
-    run_dir = Path(run_dir)
-    ranking, verification = _read(run_dir / "ranking.json"), _read(run_dir / "verification.json")
-    found = _read(run_dir / "artifacts.json")
-    run = _read(run_dir / "run.json") or {}
+    results = Results(run_dir)
+    ranking, found, verification = (results.read(stage) for stage in ("rank", "isolate", "verify"))
     models = None if verification is None else verification.get("models", {})
-    artifacts = None if found is None else _artifacts(run_dir, dataset, found.get("artifacts", []), models or {})
+    artifacts = None if found is None else _artifacts(results, dataset, found.get("artifacts", []), models or {})
     confirmed = [artifact for artifact in artifacts or () if artifact.passed]
+    classes = _ranks(ranking, "classes", confirmed)
+    analysis = results.path("analyze")
+    plots: tuple[Embedding, ...] | None = None
+    without: tuple[str, ...] = ()
+    if analysis is not None:
+        # Clusterings of further views are written by the stage that ranks.
+        further = results.run_dir / "candidates.h5" if ranking is not None else None
+        wanted = _wanted(results, confirmed, artifacts or (), ranking)
+        further = further if further is not None and further.is_file() else None
+        plots, without = embeddings(dataset, analysis, further, results.path("attribute"), wanted, points)
+    too_small = results.stages.get("analyze", {}).get("facts", {}).get("too_small") or ()
     return ReportData(
         title=title,
         model=model,
         n_train=len(dataset),
         n_classes=len(dataset.classes),
+        class_names=tuple(dataset.classes),
+        n_test=None if test is None else len(test),
         artifacts=artifacts,
+        lights=lights(dataset.classes, artifacts, classes, too_small),
         models=None if models is None else tuple(_model(name, row) for name, row in models.items()),
-        truth=truth,
-        embeddings=_embeddings(run_dir / "analysis.h5", dataset, confirmed, ranking),
-        classes=_ranks(ranking, "classes", confirmed),
+        checks=tuple(_checks(verification or {})),
+        truths=tuple(truths),
+        embeddings=plots,
+        without_plot=without,
+        classes=classes,
         clusters=_ranks(ranking, "clusters", confirmed),
+        untested=_untested(dataset, artifacts),
         caveats=(*_own_caveats(confirmed, models), *_CAVEATS),
-        provenance=tuple(_provenance(run, dataset)),
-        versions=tuple((name, str(version)) for name, version in run.get("versions", {}).items() if version),
-        stages=tuple(_stages(run)),
-        skipped_samples=(*_unreadable(dataset, test), *_quarantined(run_dir / "quarantined.csv")),
+        provenance=tuple(results.provenance(dataset)),
+        versions=results.versions(),
+        config=results.config(),
+        stages=tuple(results.stage_rows()),
+        outputs=results.outputs(),
+        skipped_samples=skipped(dataset, test, results.quarantined()),
     )
 
 
-def _unreadable(dataset: ImageDataset, test: ImageDataset | None) -> Iterator[str]:
-    for part, which in ((dataset, ""), (test, "test image ")):
-        for name, why in getattr(part, "unreadable", ()):
-            yield f"{which}{name}: {why}"
-
-
-def _quarantined(path: Path) -> Iterator[str]:
-    """Say which samples have a row of zeros instead of a heatmap, and why."""
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row["sample_index"]:  # the others had been left out from the start
-                    yield f"{row['name']} (sample {row['sample_index']}): {row['reason']}"
-
-
-def _read(path: Path) -> Any:
-    return read_json(path) if path.is_file() else None
-
-
 def _artifacts(
-    run_dir: Path, dataset: ImageDataset, rows: Sequence[Mapping[str, Any]], models: Mapping[str, Any]
+    results: Results, dataset: ImageDataset, rows: Sequence[Mapping[str, Any]], models: Mapping[str, Any]
 ) -> tuple[Artifact, ...]:
     shown = [row["id"] for row in rows if row.get("verdict") in PASSED][:_GALLERIES]
-    return tuple(_artifact(run_dir, dataset, row, models, row["id"] in shown) for row in rows)
+    return tuple(_artifact(results, dataset, row, models, row["id"] in shown) for row in rows)
 
 
 def _artifact(
-    run_dir: Path,
+    results: Results,
     dataset: ImageDataset,
     row: Mapping[str, Any],
     models: Mapping[str, Any],
     with_gallery: bool,
 ) -> Artifact:
-    samples = tuple(int(sample) for sample in row.get("samples", ()))
+    run_dir, samples = results.run_dir, tuple(int(sample) for sample in row.get("samples", ()))
     groups: tuple[Gallery, ...] = ()
     limit = None
-    attributions, scores = run_dir / "attributions.h5", run_dir / str(row.get("scores"))
-    if with_gallery and attributions.is_file():
-        read = evidence.read_scores(scores) if scores.is_file() else {}
-        groups, limit = evidence.galleries(dataset, attributions, samples, row["class_index"], read)
+    attributions = results.path("attribute")
+    scores = _scores(run_dir, row) if row.get("verdict") in PASSED else {}
+    if with_gallery and attributions is not None:
+        groups, limit = evidence.galleries(dataset, attributions, samples, row["class_index"], scores)
     effects = {name: entry.get("artifacts", {}).get(row["id"]) for name, entry in models.items()}
     return Artifact(
         id=str(row["id"]),
@@ -142,17 +173,60 @@ def _artifact(
         class_name=row["class_name"],
         verdict=row.get("verdict", "no_effect"),
         cluster=None if row.get("cluster") is None else str(row["cluster"]),
-        **{name: _finite(row.get(name)) for name in ("flip_rate", "control_flip_rate", "p_value", "logit_gain")},
-        **{name: _finite(row.get(name)) for name in ("removal_cost", "removal_p_value")},
+        flip_rate=_finite(row.get("flip_rate")),
+        control_flip_rate=_finite(row.get("control_flip_rate")),
+        flip_rate_interval=_ends(row.get("flip_rate_interval")),
+        control_flip_rate_interval=_ends(row.get("control_flip_rate_interval")),
+        p_value=_finite(row.get("p_value")),
+        logit_gain=_finite(row.get("logit_gain")),
+        removal_cost=_finite(row.get("removal_cost")),
+        removal_p_value=_finite(row.get("removal_p_value")),
         n_tested=row.get("n_tested"),
+        kind=None if row.get("kind") is None else str(row["kind"]),
+        opacity=_finite(row.get("opacity")) if isinstance(row.get("opacity"), int | float) else None,
+        further=facts(row, _KNOWN_OF_ARTIFACT),
         samples=samples,
         sample_names=tuple(dataset.names[sample] for sample in samples),
+        scores=tuple(scores[sample] for sample in samples) if all(s in scores for s in samples) else (),
         pattern=_picture(run_dir, row.get("pattern"), "RGBA"),
         mask=_picture(run_dir, row.get("mask"), "L"),
         galleries=groups,
         limit=limit,
         effects=tuple(_model(name, effect) for name, effect in effects.items() if effect),
     )
+
+
+def _scores(run_dir: Path, row: Mapping[str, Any]) -> dict[int, float]:
+    path = run_dir / str(row.get("scores"))
+    return evidence.read_scores(path) if path.is_file() else {}
+
+
+def _wanted(
+    results: Results, confirmed: Sequence[Artifact], artifacts: Sequence[Artifact], ranking: Any
+) -> dict[int, Wanted]:
+    """Return what is to be shown of each class: those of the artifacts first, then by the ranking."""
+    wanted: dict[int, Wanted] = {}
+    for artifact in confirmed:
+        plot = wanted.setdefault(artifact.class_index, Wanted(_clustering(artifact.cluster)))
+        plot.members |= set(artifact.samples)
+    for row in (ranking or {}).get("classes", []):
+        wanted.setdefault(row["class_index"], Wanted())
+    for row in (ranking or {}).get("clusters", []):
+        plot = wanted.setdefault(row["class_index"], Wanted())
+        plot.clustering = plot.clustering or _clustering(row.get("cluster"))
+    rejected: dict[int, int] = {}
+    for artifact in (*confirmed, *(artifact for artifact in artifacts if not artifact.passed)):
+        rejected[artifact.class_index] = rejected.get(artifact.class_index, 0) + (not artifact.passed)
+        if artifact.passed or rejected[artifact.class_index] <= _FIRST_CANDIDATE:
+            scores = _scores(results.run_dir, {"scores": f"artifacts/{artifact.id}/scores.csv"})
+            if scores:
+                plot = wanted.setdefault(artifact.class_index, Wanted())
+                plot.scores[f"artifact score of {artifact.id}"] = scores
+    return wanted
+
+
+def _clustering(cluster: Any) -> str | None:
+    return None if cluster is None else str(cluster).rpartition("/")[0]
 
 
 def _picture(run_dir: Path, name: str | None, mode: str) -> np.ndarray | None:
@@ -176,6 +250,7 @@ def _model(name: str, row: Mapping[str, Any]) -> ModelResult:
         worst_class=_share(row, "worst_class_accuracy"),
         planted_attacked=_share(planted, "attacked_accuracy"),
         planted_to_class=_share(planted, "attacked_to_class"),
+        further=facts(row, _KNOWN_OF_MODEL),
     )
 
 
@@ -183,6 +258,11 @@ def _share(row: Mapping[str, Any], name: str) -> Share | None:
     value = _finite(row.get(name))
     low, high = row.get(f"{name}_interval") or (None, None)
     return None if value is None else Share(value, low, high)
+
+
+def _ends(interval: Any) -> tuple[float, float] | None:
+    low, high = (_finite(end) for end in interval or (None, None))
+    return None if low is None or high is None else (low, high)
 
 
 def _finite(value: Any) -> float | None:
@@ -194,10 +274,13 @@ def _ranks(ranking: Any, kind: str, confirmed: Sequence[Artifact]) -> tuple[Rank
         return None
     classes = {artifact.class_index for artifact in confirmed}
     clusters = {(artifact.class_index, artifact.cluster) for artifact in confirmed}
+    best = {row["class_index"]: _finite(row.get("score")) for row in ranking.get("classes", [])}
     rows = []
     for place, row in enumerate(ranking.get(kind, []), start=1):
         cluster = None if row.get("cluster") is None else str(row["cluster"])
         index = row["class_index"]
+        others = [score for other, score in best.items() if other != index and score is not None]
+        evidence_of = ((key, _finite(value)) for key, value in (row.get("evidence") or {}).items())
         rows.append(
             RankRow(
                 rank=row.get("rank", place),
@@ -207,35 +290,30 @@ def _ranks(ranking: Any, kind: str, confirmed: Sequence[Artifact]) -> tuple[Rank
                 p_value=_finite(row.get("p_value")),
                 cluster=cluster,
                 found=index in classes if cluster is None else (index, cluster) in clusters,
+                class_index=index,
+                q_value=_finite(row.get("q_value")),
+                score=_finite(row.get("score")),
+                null=(min(others), float(np.median(others)), max(others)) if others else None,
+                evidence=tuple((key, value) for key, value in evidence_of if value is not None),
             )
         )
     return tuple(rows)
 
 
-def _embeddings(
-    path: Path, dataset: ImageDataset, confirmed: Sequence[Artifact], ranking: Any
-) -> tuple[Embedding, ...] | None:
-    """Return the classes of the artifacts and the first of the ranking, in the clustering that counts."""
-    if not path.is_file():
-        return None
-    wanted: dict[int, str | None] = {}
-    for artifact in confirmed:
-        wanted.setdefault(artifact.class_index, artifact.cluster)
-    if ranking and ranking.get("classes"):
-        first = ranking["classes"][0]["class_index"]
-        rows = (row["cluster"] for row in ranking.get("clusters", []) if row["class_index"] == first)
-        wanted.setdefault(first, next(rows, None))
-    with open_analysis(path, len(dataset)) as analysis:
-        if not wanted:
-            wanted = dict.fromkeys(analysis.classes[:1])
-        shown = [(index, cluster) for index, cluster in wanted.items() if index in analysis.classes][:_CLASSES]
-        most = min(_POINTS_OF_CLASS, _POINTS // max(1, len(shown)))
-        plots = []
-        for index, cluster in shown:
-            members = {s for artifact in confirmed if artifact.class_index == index for s in artifact.samples}
-            clustering = None if cluster is None else str(cluster).rpartition("/")[0]
-            plots.append(evidence.embedding(dataset, analysis.group(index), index, clustering, members, most))
-    return tuple(plot for plot in plots if plot is not None)
+def _untested(dataset: ImageDataset, artifacts: Sequence[Artifact] | None) -> tuple[str, ...]:
+    """Return the classes of which no candidate was put to the test; none where nothing was isolated yet."""
+    if artifacts is None:
+        return ()
+    tested = {artifact.class_index for artifact in artifacts}
+    return tuple(name for index, name in enumerate(dataset.classes) if index not in tested)
+
+
+def _checks(verification: Mapping[str, Any]) -> Iterator[Check]:
+    """Yield what verification says beside the models."""
+    for key, value in verification.items():
+        table = None if key == "models" else check(key.replace("_", " ").capitalize(), value)
+        if table is not None:
+            yield table
 
 
 def _own_caveats(confirmed: Sequence[Artifact], models: Mapping[str, Any] | None) -> Iterator[str]:
@@ -243,34 +321,5 @@ def _own_caveats(confirmed: Sequence[Artifact], models: Mapping[str, Any] | None
     for artifact in confirmed:
         if artifact.n_tested is not None and artifact.n_tested < 50:
             yield f"The effect of {artifact.id} was tested on {artifact.n_tested} images only."
-    if confirmed and not any(name in (models or {}) for name in ("fine_tune", "fine_tuned")):
+    if confirmed and models and not any(name in models for name in ("fine_tune", "fine_tuned")):
         yield "There is no plain fine-tuning to compare with: a gain may come from more training alone."
-
-
-def _provenance(run: Mapping[str, Any], dataset: ImageDataset) -> Iterator[tuple[str, str]]:
-    command = run.get("command")
-    if command:
-        yield "Command", command if isinstance(command, str) else shlex.join(map(str, command))
-    started = [entry["started"] for entry in run.get("stages", {}).values() if entry.get("started")]
-    if started:
-        yield "Started", min(started)
-    for key, name in PROVENANCE.items():
-        if run.get(key) is not None:
-            yield name, str(run[key])
-    for name, hashed in (run.get("inputs") or {"dataset.train": dataset.fingerprint}).items():
-        yield f"Content of {name}", str(hashed)
-
-
-def _stages(run: Mapping[str, Any]) -> Iterator[StageRow]:
-    """Yield the stages that came to something; the report is this page itself."""
-    for name, entry in run.get("stages", {}).items():
-        if name != "report":
-            facts = tuple((key.replace("_", " "), _fact(value)) for key, value in (entry.get("facts") or {}).items())
-            yield StageRow(name, str(entry.get("status", "unknown")), entry.get("seconds"), facts)
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return number(value)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 160 else text[:159] + "…"

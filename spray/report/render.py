@@ -7,18 +7,26 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from markupsafe import Markup
 
 from spray.report import pictures, words
-from spray.report.data import Embedding, ModelResult, ReportData, match_truth
+from spray.report.data import Artifact, ModelResult, ReportData, match_truth
+from spray.report.lights import LEVEL
+from spray.report.plots import plots
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 _HERE = Path(__file__).parent
 _SMALL = 64  # pixels: up to this size a picture is enlarged without smoothing
-_CONTROLS = ("original", "fine_tune", "fine_tuned", "never_poisoned")
+_CONTROLS = ("original", "fine_tune", "fine_tuned", "never_poisoned", "ceiling")
+_SCRIPTS = ("report.js", "scatter.js")
+_LISTED = 20_000  # samples of an artifact in the page at most
+
+_PAGE = 4_800_000
+"""Characters that a page may take; thumbnails get what is left."""
+_TEXT = 250_000  # of them for tables, texts, style and script
+_LEAST = 500_000  # for the plots, whatever else there is
 
 
 def render(data: ReportData) -> str:
@@ -27,17 +35,28 @@ def render(data: ReportData) -> str:
     Names of classes and files are taken as hostile: they are escaped wherever they stand, and the page's
     content security policy runs no script but the one whose hash it names.
     """
-    script = (_HERE / "report.js").read_text()
-    template = environment().get_template("report.html.j2")
-    page = template.render(
+    script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    tiles = {
+        id(tile): pictures.triptych_uri(tile.image, tile.relevance, artifact.limit)
+        for artifact in data.found
+        for group in artifact.galleries
+        for tile in group.tiles
+    }
+    lists = [_sample_list(artifact) for artifact in data.found]
+    taken = sum(map(len, tiles.values())) + sum(len(name) + 12 for part in lists for name in part["names"])
+    made = environment()
+    made.filters["triptych"] = lambda tile: tiles[id(tile)]
+    page = made.get_template("report.html.j2").render(
         data=data,
-        match=match_truth(data.truth, data.found) if data.truth else None,
+        matches=[(truth, match_truth(truth, data.found)) for truth in data.truths],
         original=_model(data.models, "original"),
         control=_model(data.models, "fine_tuned") or _model(data.models, "fine_tune"),
         best=best_correction(data.models),
-        plots=[_plot(embedding) for embedding in data.embeddings or ()],
+        lists=lists,
+        level=LEVEL,
+        plots=plots(data.embeddings or (), data.class_names, max(_LEAST, _PAGE - _TEXT - taken)),
         scale=pictures.scale_uri(),
-        style=Markup((_HERE / "report.css").read_text()),
+        style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
     )
@@ -56,11 +75,21 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("percent", "interval", "p_value", "number", "plural", "duration", "one_line"):
+    for name in (
+        "percent",
+        "interval",
+        "p_value",
+        "number",
+        "plural",
+        "duration",
+        "one_line",
+        "clipped",
+        "size",
+        "status_name",
+    ):
         made.filters[name] = getattr(words, name)
     for name in ("model_name", "model_role", "verdict_name", "verdict_meaning"):
         made.filters[name] = getattr(words, name)
-    made.filters["triptych"] = lambda tile, limit: pictures.triptych_uri(tile.image, tile.relevance, limit)
     made.filters["picture"] = pictures.picture_uri
     made.filters["is_small"] = lambda pixels: max(pixels.shape[-2:]) <= _SMALL
     return made
@@ -72,47 +101,22 @@ def best_correction(models: tuple[ModelResult, ...] | None) -> ModelResult | Non
     return max(corrected, key=lambda model: model.attacked.value if model.attacked else 0.0, default=None)
 
 
-def eigengap(eigenvalues: np.ndarray) -> int:
-    """Return the number of groups that the largest gap between ascending eigenvalues suggests."""
-    return int(np.argmax(np.diff(eigenvalues))) + 1 if len(eigenvalues) > 1 else 1
-
-
 def _model(models: tuple[ModelResult, ...] | None, name: str) -> ModelResult | None:
     return next((model for model in models or () if model.name == name), None)
 
 
-def _plot(embedding: Embedding) -> dict[str, Any]:
-    """Return one class' points for the script and its eigenvalues for the chart."""
-    low, high = embedding.points.min(axis=0), embedding.points.max(axis=0)
-    unit = (embedding.points - low) / np.where(high > low, high - low, 1.0)
-    uri, columns = pictures.sprite(embedding.thumbnails)
-    labels, counts = np.unique(embedding.clusters, return_counts=True)
-    points = {
-        "x": np.round(unit[:, 0], 4).tolist(),
-        "y": np.round(unit[:, 1], 4).tolist(),
-        "cluster": embedding.clusters.tolist(),
-        "member": embedding.members.astype(int).tolist(),
-        "index": embedding.indices.tolist(),
-        "name": list(embedding.names),
-        "columns": columns,
-        "width": embedding.thumbnails.shape[2],
-        "height": embedding.thumbnails.shape[1],
-    }
+def _sample_list(artifact: Artifact) -> dict[str, Any]:
+    """Return an artifact's samples as they can be downloaded; of very many the best, the rest is in `artifacts/`."""
+    order = list(range(len(artifact.samples)))
+    if len(artifact.samples) > _LISTED:
+        best = sorted(order, key=lambda i: -artifact.scores[i]) if artifact.scores else order
+        order = sorted(best[:_LISTED])
     return {
-        "embedding": embedding,
-        "points": points,
-        "sprite": uri,
-        "clusters": list(zip(labels.tolist(), counts.tolist(), strict=True)),
-        "eigenvalues": _eigen_chart(embedding.eigenvalues),
-        "groups": eigengap(embedding.eigenvalues),
+        "artifact": artifact.id,
+        "class_index": artifact.class_index,
+        "class_name": artifact.class_name,
+        "verdict": artifact.verdict,
+        "samples": [artifact.samples[i] for i in order],
+        "names": [artifact.sample_names[i] for i in order],
+        "scores": [float(f"{artifact.scores[i]:.6g}") for i in order] if artifact.scores else None,
     }
-
-
-def _eigen_chart(eigenvalues: np.ndarray) -> list[tuple[float, float, float]]:
-    """Return (x in %, y in %, value) of each eigenvalue's dot."""
-    top = float(eigenvalues.max(initial=0.0)) or 1.0
-    count = len(eigenvalues)
-    return [
-        (round(100 * (i + 0.5) / count, 2), round(92 - 84 * max(float(value), 0.0) / top, 2), float(value))
-        for i, value in enumerate(eigenvalues)
-    ]

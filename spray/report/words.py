@@ -20,12 +20,21 @@ _MODELS = {
     "group_balanced": "Group-balanced training",
     "lrp_guided": "LRP-guided training",
     "never_poisoned": "Trained on clean data",
+    "ceiling": "Trained on clean data",
 }
 _ROLES = {
     "original": "the model under study",
     "fine_tune": "control: same budget, no correction",
     "fine_tuned": "control: same budget, no correction",
     "never_poisoned": "the best that can be hoped for",
+    "ceiling": "the best that can be hoped for",
+}
+_STATUSES = {
+    "failed": "failed",
+    "running": "was cut short",
+    "pending": "was not reached",
+    "stale": "is out of date",
+    "not asked": "was not asked for",
 }
 _VERDICTS = {
     "backdoor": "Backdoor",
@@ -118,7 +127,30 @@ def verdict_meaning(verdict: str) -> str:
     return _MEANINGS.get(verdict, "")
 
 
+def status_name(status: str) -> str:
+    """Return what became of a stage, in words."""
+    return _STATUSES.get(status, status)
+
+
 def one_line(text: str) -> str:
     """Return text for a window's title: no line breaks, no characters that change its direction."""
     hidden = {0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
     return " ".join("".join(char for char in text if ord(char) not in hidden).split())
+
+
+def clipped(text: str, most: int = 90) -> str:
+    """Return text with its middle left out where it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail - 1]}…{text[len(text) - tail :]}"
+
+
+def size(n_bytes: int) -> str:
+    """Return a file's size as "3.4 MB"."""
+    value = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f}\u202f{unit}" if unit == "B" or value >= 100 else f"{value:.1f}\u202f{unit}"
+        value /= 1000
+    raise AssertionError
