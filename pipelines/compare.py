@@ -181,15 +181,10 @@ def _explain_corrected(context: Context, method: str, folder: Path) -> bool:
     weights = context.run_dir / "corrected" / f"{method}.pt"
     if not weights.is_file():
         return False
-    from spray.pipelines.runner import locked, run_stages
-    from spray.pipelines.stages import load
+    from spray.pipelines.runner import run_part
 
     context.log.info("explaining %s in %s", model_name(method), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = context.with_model(weights, folder)
-    asked = ["train", "attribute", "analyze"]
-    with locked(folder):
-        run_stages(part, asked, load(asked, part.config))
+    run_part(context.with_model(weights, folder), ["train", "attribute", "analyze"])
     return True
 
 

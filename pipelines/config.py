@@ -153,6 +153,8 @@ class CorrectionConfig:
     methods: list[str] = field(default_factory=lambda: ["a_clarc", "p_clarc"])
     epochs: int = 2
     learning_rate: float = 5e-4
+    # How often artifacts are sought and corrected at most, each time in the model that the time before gave.
+    rounds: int = 1
     # Where latent methods work: auto, output (what the last layer is given) or a module's name; NAME:in is its input.
     layer: str = "auto"
     # How an artifact's direction is estimated: pattern, svm, logistic or ridge; of all activations (full) or of
@@ -177,6 +179,10 @@ class VerifyConfig:
 
     # Attacked images of which the relevance is measured.
     n_explained: int = 500
+    # Whether artifacts are sought once more in the best corrected model.
+    recheck: bool = True
+    # Whether a model is trained without what is planted, to compare with.
+    ceiling: bool = False
 
 
 @dataclass

@@ -110,9 +110,15 @@ class Context:
         config = replace(
             self.config, run_dir=str(run_dir), model=replace(self.config.model, checkpoint=str(checkpoint))
         )
+        return self.sibling(run_dir, config)
+
+    def sibling(self, run_dir: Path, config: SprayConfig) -> Context:
+        """Return a context for the same images with settings of its own and a folder for its results."""
         part = Context(config, run_dir, self.log)
-        # What they were made from comes along, since the truth about what is planted is asked for as well.
-        part._loaded, part._planting = self._loaded, self._planting
+        part._loaded = self._loaded
+        if config.dataset == self.config.dataset:
+            # With the truth about what is planted, which is asked for as well.
+            part._planting = self._planting
         return part
 
     @cached_property

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from spray.correction import CORRECTIONS, Options, Problem, check_methods
+from spray.pipelines.config import CorrectionConfig
 from spray.pipelines.context import Context
 from spray.pipelines.isolated import load_findings
 from spray.pipelines.stage import Stage
@@ -68,10 +69,12 @@ def _chosen(facts: dict[str, Any]) -> str:
     return f" ({said}{warning})" if said else ""
 
 
+# Another number of rounds changes nothing in this one.
+SETTINGS = tuple(f"correction.{field.name}" for field in fields(CorrectionConfig) if field.name != "rounds")
 STAGE = Stage(
     name="correct",
     needs=("train", "isolate"),
-    settings=("correction", "seed"),
+    settings=(*SETTINGS, "seed"),
     outputs=("corrected/*.pt",),
     run=run,
 )

@@ -28,7 +28,7 @@ from spray.pipelines.record import (
 )
 from spray.pipelines.stage import Stage
 from spray.pipelines.validate import check_settings, try_out
-from spray.storage import remove_leftovers, sha256
+from spray.storage import remove_leftovers, sha256, write_text
 
 if TYPE_CHECKING:
     from spray.pipelines.context import Context
@@ -84,6 +84,27 @@ def run_stages(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
             _run(context, decision, record)
         decision.stage.tidy(context)
     record.save()
+
+
+def run_part(context: Context, asked: Sequence[str]) -> None:
+    """Bring stages of a run inside a run up to date: one for the same data, with a folder and a lock of its own.
+
+    Parameters
+    ----------
+    context : Context
+        As `Context.sibling` returns it; its folder need not exist.
+    asked : sequence of str
+        Names of the stages, in order.
+    """
+    from omegaconf import OmegaConf
+
+    from spray.pipelines.stages import load
+
+    context.run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(context.run_dir):
+        config = OmegaConf.create(asdict(context.config))
+        write_text(context.run_dir / ".hydra" / "config.yaml", OmegaConf.to_yaml(config))
+        run_stages(context, asked, load(asked, context.config))
 
 
 def decide(

@@ -42,6 +42,7 @@ LEAST = {
     "isolate.n_samples": 8,
     "isolate.n_tested": 1,
     "correction.epochs": 1,
+    "correction.rounds": 1,
     "verify.n_explained": 1,
     "model.weight_decay": 0,
 }
@@ -93,6 +94,12 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
 
         check_methods(config.correction.methods)
         check_options(correction_options(config))
+    if "verify" in stages:
+        from spray.pipelines.ceiling import check_ceiling
+
+        check_ceiling(config)
+    if unknown := [kind for kind in config.report.figures if kind not in FIGURES]:
+        raise UserError(f"report.figures has {', '.join(unknown)}; allowed: {', '.join(FIGURES)}, or [] for none")
     if "compare" in stages:
         from spray.pipelines.compare import check
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 
-def wilson_interval(hits: int, n: int, level: float = 0.95) -> list[float]:
+def wilson_interval(hits: float, n: int, level: float = 0.95) -> list[float]:
     """Return Wilson's interval [low, high] of a share (Wilson, 1927)."""
     if n == 0:
         return [0.0, 1.0]
@@ -76,6 +78,82 @@ def attack_metrics(logits: Tensor, labels: np.ndarray, target: int | None, relev
     }
 
 
+@dataclass(frozen=True)
+class Group:
+    """Test images of one class that carry an artifact, or that do not.
+
+    Attributes
+    ----------
+    class_index : int
+        Their class.
+    with_artifact : bool
+        Whether they carry it.
+    added : bool
+        Whether it was added to them, since the test images have none that carry it by themselves.
+    right : ndarray of bool
+        (n,): which of them are classified right.
+    """
+
+    class_index: int
+    with_artifact: bool
+    added: bool
+    right: np.ndarray
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, Any]:
+    """Return the accuracy of the worst group of class and artifact, with its 95 % interval.
+
+    Sagawa et al., "Distributionally robust neural networks for group shifts", 2020. Groups without images don't count.
+
+    Parameters
+    ----------
+    groups : sequence of Group
+        Each class with the artifact and without.
+
+    Returns
+    -------
+    dict
+        `worst_group_accuracy`, its `_interval`, and `worst_group`, which one that is (`class_index`, `with_artifact`,
+        `added`, `n`); None where there are no groups.
+    """
+    counted = [group for group in groups if len(group.right)]
+    if not counted:
+        return {**_share("worst_group_accuracy", 0, 0), "worst_group": None}
+    worst = min(counted, key=lambda group: float(group.right.mean()))
+    said = {"class_index": worst.class_index, "with_artifact": worst.with_artifact, "added": worst.added}
+    return {
+        **_share("worst_group_accuracy", int(worst.right.sum()), len(worst.right)),
+        "worst_group": said | {"n": len(worst.right)},
+    }
+
+
+def tcav_metrics(derivatives: np.ndarray) -> dict[str, Any]:
+    """Return TCAV and TCAV sensitivity, with 95 % intervals.
+
+    Kim et al., "Interpretability beyond feature attribution: quantitative testing with concept activation vectors",
+    2018: TCAV = |{x : ∇f(x)·h > 0}| / n. A model that does not use the artifact has 0.5; so an output that does not
+    depend on the artifact's direction at all, ∇f·h = 0, counts as half. Sensitivity = mean |∇f·h|.
+
+    Parameters
+    ----------
+    derivatives : ndarray of float
+        (n,): ∇f·h of each image.
+
+    Returns
+    -------
+    dict
+        `tcav`, `tcav_sensitivity` (None of no images), their `_interval`, `n_tcav`.
+    """
+    n = len(derivatives)
+    hits = float((derivatives > 0).sum() + 0.5 * (derivatives == 0).sum())
+    size = torch.from_numpy(np.abs(np.asarray(derivatives, dtype=np.float64)))
+    return {
+        **_share("tcav", hits, n),
+        **_mean("tcav_sensitivity", size, high=None),
+        "n_tcav": n,
+    }
+
+
 def accuracy(name: str, logits: Tensor, labels: np.ndarray) -> dict[str, Any]:
     """Return the share of logits (n, classes) that are largest for their label, with its 95 % interval, as `name`."""
     return _share(name, int((logits.argmax(dim=1).numpy() == labels).sum()), len(labels))
@@ -102,15 +180,21 @@ def relevance_inside(relevance: Tensor, mask: Tensor) -> Tensor:
     return torch.where(total > 0, inside / total.clamp_min(torch.finfo(total.dtype).tiny), 0)
 
 
-def _share(name: str, hits: int, n: int) -> dict[str, Any]:
+def _share(name: str, hits: float, n: int) -> dict[str, Any]:
     return {name: hits / n if n else None, f"{name}_interval": wilson_interval(hits, n)}
 
 
-def _mean(name: str, values: Tensor) -> dict[str, Any]:
-    """Return a mean of numbers in [0, 1] with its normal interval."""
+def _mean(name: str, values: Tensor, high: float | None = 1.0) -> dict[str, Any]:
+    """Return a mean of numbers from 0 to `high` (None: without bound) with its normal interval.
+
+    Nothing is known of no numbers, and nothing of how far one number is from the mean.
+    """
+    unknown = [0.0, high]
     if not len(values):
-        return {name: None, f"{name}_interval": [0.0, 1.0]}
+        return {name: None, f"{name}_interval": unknown}
     mean = float(values.double().mean())
-    error = float(values.double().std()) / len(values) ** 0.5 if len(values) > 1 else 1.0
-    half = float(norm.isf(0.025)) * error
-    return {name: mean, f"{name}_interval": [max(0.0, mean - half), min(1.0, mean + half)]}
+    if len(values) == 1:
+        return {name: mean, f"{name}_interval": unknown}
+    half = float(norm.isf(0.025)) * float(values.double().std()) / len(values) ** 0.5
+    top = mean + half if high is None else min(high, mean + half)
+    return {name: mean, f"{name}_interval": [max(0.0, mean - half), top]}

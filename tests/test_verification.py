@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from spray.verification import attack_metrics, clean_metrics, relevance_inside, wilson_interval
+from spray.verification import (
+    Group,
+    attack_metrics,
+    clean_metrics,
+    group_metrics,
+    relevance_inside,
+    tcav_metrics,
+    wilson_interval,
+)
 
 
 @settings(deadline=None, derandomize=True)
@@ -100,3 +108,49 @@ def test_relevance_inside_extremes() -> None:
     # Relevance of both signs does not cancel; a map without any has none inside.
     assert relevance_inside(relevance, mask).tolist() == [1.0, 0.0, 0.0]
     assert relevance_inside(1e30 * relevance, torch.ones(3, 1, 4, 4)).tolist() == [1.0, 1.0, 0.0]
+
+
+def test_worst_group_is_the_least_of_all_classes_with_and_without() -> None:
+    rng = np.random.default_rng(1)
+    labels, carries, right = rng.integers(0, 3, 300), rng.random(300) < 0.2, rng.random(300) < 0.8
+    right[(labels == 1) & carries] = False
+    right[np.flatnonzero((labels == 1) & carries)[0]] = True
+    groups = [Group(c, w, False, right[(labels == c) & (carries == w)]) for c in range(3) for w in (False, True)]
+    counted = {
+        (c, bool(w)): sum(bool(r) for y, m, r in zip(labels, carries, right, strict=True) if (y, m) == (c, w))
+        / sum((y, m) == (c, w) for y, m in zip(labels, carries, strict=True))
+        for c in range(3)
+        for w in (False, True)
+    }
+    metrics = group_metrics(groups)
+    n = int(((labels == 1) & carries).sum())
+    assert min(counted, key=lambda key: counted[key]) == (1, True)
+    assert metrics["worst_group_accuracy"] == pytest.approx(counted[1, True]) == pytest.approx(1 / n)
+    assert metrics["worst_group_accuracy_interval"] == wilson_interval(1, n)
+    assert metrics["worst_group"] == {"class_index": 1, "with_artifact": True, "added": False, "n": n}
+
+
+def test_groups_without_images_do_not_count() -> None:
+    empty, half = Group(0, True, True, np.zeros(0, dtype=bool)), Group(0, False, False, np.array([True, False]))
+    assert group_metrics([empty, half])["worst_group_accuracy"] == 0.5
+    nothing = group_metrics([empty])
+    assert (nothing["worst_group_accuracy"], nothing["worst_group"]) == (None, None)
+    assert nothing["worst_group_accuracy_interval"] == [0.0, 1.0]
+
+
+def test_tcav_counts_signs_and_sensitivity_averages_sizes() -> None:
+    derivatives = np.array([2.0, -1.0, 3.0, 0.0, 0.0, -4.0, 5.0, 1.0])
+    metrics = tcav_metrics(derivatives)
+    assert metrics["tcav"] == (4 + 0.5 * 2) / 8
+    assert metrics["tcav_interval"] == wilson_interval(5, 8)
+    sizes = [2, 1, 3, 0, 0, 4, 5, 1]
+    assert metrics["tcav_sensitivity"] == pytest.approx(2.0)
+    expected = stats.norm.interval(0.95, loc=2.0, scale=stats.sem(sizes))
+    assert metrics["tcav_sensitivity_interval"] == pytest.approx(expected)
+    # It has no upper bound, as a share would have.
+    assert metrics["tcav_sensitivity_interval"][1] > 1
+    assert metrics["n_tcav"] == 8
+    none = tcav_metrics(np.array([]))
+    assert (none["tcav"], none["tcav_sensitivity"], none["n_tcav"]) == (None, None, 0)
+    assert (none["tcav_interval"], none["tcav_sensitivity_interval"]) == ([0.0, 1.0], [0.0, None])
+    assert tcav_metrics(np.zeros(7))["tcav"] == 0.5

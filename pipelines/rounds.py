@@ -1,0 +1,246 @@
+"""After the corrections: the best one is chosen, its model looked at again and, if artifacts are left, corrected again.
+
+Each further round is a run of its own in `rounds/<number>/`, with the same files as the first; its `model.pt` is the
+model that the round before chose. The first round's are in the run directory itself. A round that only looks has no
+corrections. As every stage skips what is up to date, a run that was stopped in a round goes on there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from spray.correction.base import CONTROL, Finding
+from spray.correction.choice import costs
+from spray.pipelines.context import Context
+from spray.pipelines.isolated import load_findings
+from spray.pipelines.measures import Attack, isolated
+from spray.pipelines.recheck import GONE, LEFT, recheck
+from spray.storage import read_json
+from spray.training import batches
+from spray.verification import accuracy
+
+FOLDER = "rounds"
+LOOK = ("train", "attribute", "analyze", "rank", "isolate")
+"""Stages that look for artifacts."""
+RULE = (
+    "highest accuracy under the isolated artifacts, on one half of the test images, among the corrections that cost no "
+    "clean accuracy there"
+)
+LEAST = "every correction costs clean accuracy on one half of the test images; this one costs least"
+
+
+@dataclass(frozen=True)
+class Again:
+    """What came of looking again.
+
+    Attributes
+    ----------
+    facts : dict
+        For `verification.json`: `recheck`, `rounds`, `final`.
+    models : dict
+        The weights of the models that later rounds chose, `round_2` and so on.
+    summary : dict
+        For the stage's facts.
+    """
+
+    facts: dict[str, Any]
+    models: dict[str, Path] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def choose(context: Context, findings: Sequence[Finding], methods: Sequence[str]) -> dict[str, Any] | None:
+    """Choose the best correction on one half of the test images, without any truth about the artifacts.
+
+    No correction has seen a test image. The numbers of the choice are too good for the one that is chosen, so its
+    accuracies on the other half are told as well.
+
+    Parameters
+    ----------
+    context : Context
+        The run.
+    findings : sequence of Finding
+        Its proven artifacts.
+    methods : sequence of str
+        The corrections that were made.
+
+    Returns
+    -------
+    dict or None
+        `method`, `why`, `within_limit`, `tried` (each model's clean and attacked accuracy on the half) and
+        `other_half`; None where nothing was corrected.
+    """
+    if not methods or not findings:
+        return None
+    labels = np.asarray(context.test.labels)
+    half = _half(labels, context.config.seed)
+    attacks = [isolated(context, finding) for finding in findings]
+    right, tried = {}, {}
+    for name in ["original", *methods]:
+        model = context.model if name == "original" else context.load_model(corrected(context.run_dir, name))
+        right[name] = _right(context, model, attacks)
+        clean, attacked = right[name][0], right[name][1:]
+        tried[name] = {
+            "clean_accuracy": float(clean[half].mean()),
+            "attacked_accuracy": float(np.mean([part[half[others]].mean() for others, part in attacked])),
+        }
+    reference = right["original"][0][half]
+    max_loss = context.config.correction.max_loss
+    for name in methods:
+        tried[name]["allowed"] = not costs(reference, right[name][0][half], max_loss)
+    allowed = [name for name in methods if tried[name]["allowed"]]
+    # Where two are equal the control is not the one that is wanted.
+    best = (
+        max(allowed, key=lambda name: (tried[name]["attacked_accuracy"], name != CONTROL))
+        if allowed
+        else max(methods, key=lambda name: (tried[name]["clean_accuracy"], name != CONTROL))
+    )
+    return {
+        "method": best,
+        "why": RULE if allowed else LEAST,
+        "within_limit": bool(allowed),
+        "n": int(half.sum()),
+        "tried": tried,
+        "other_half": _other_half(right[best], half),
+    }
+
+
+def look_again(context: Context, chosen: dict[str, Any] | None) -> Again:
+    """Look for artifacts in the chosen corrected model and, in as many rounds as are allowed, correct what is left.
+
+    Parameters
+    ----------
+    context : Context
+        The run.
+    chosen : dict or None
+        What `choose` returned.
+    """
+    options = context.config
+    if chosen is None:
+        _remove(context.run_dir, 1)
+        return Again({"recheck": {}, "rounds": [], "final": None})
+    rounds = [_round(context.run_dir, context.run_dir, 1, chosen)]
+    models: dict[str, Path] = {}
+    final = {"round": 1, "method": chosen["method"]}
+    number, here, last = 1, context, None
+    while number < options.correction.rounds or options.verify.recheck:
+        number += 1
+        part = _round_context(context, corrected(here.run_dir, final["method"]), number)
+        context.log.info("round %d: looking for artifacts in %s of round %d", number, final["method"], number - 1)
+        _run(part, LOOK)
+        last = part.run_dir
+        rounds.append(_round(context.run_dir, last, number, None))
+        if number > options.correction.rounds or not load_findings(last):
+            break
+        _run(part, (*LOOK, "correct", "verify"))
+        next_chosen = read_json(last / "verification.json")["chosen"]
+        rounds[-1] = _round(context.run_dir, last, number, next_chosen)
+        if next_chosen is None or not next_chosen["within_limit"]:
+            context.log.info("round %d: every correction costs clean accuracy; the model before it stays", number)
+            break
+        final = {"round": number, "method": next_chosen["method"]}
+        models[f"round_{number}"] = corrected(last, final["method"])
+        here = part
+    _remove(context.run_dir, number)
+    checks = _checks(context, rounds, last)
+    for name, row in checks.items():
+        context.log.info("%s in the corrected model: %s", name, row["verdict"])
+    weights = corrected(here.run_dir, final["method"]).relative_to(context.run_dir).as_posix()
+    facts = {"recheck": checks, "rounds": rounds, "final": final | {"weights": weights}}
+    verdicts = [row["verdict"] for row in checks.values()]
+    counts = {"gone": verdicts.count(GONE), "left": verdicts.count(LEFT)} if checks else {}
+    return Again(facts, models, {"chosen": chosen["method"], "rounds": len(rounds), **counts})
+
+
+def corrected(run_dir: Path, method: str) -> Path:
+    """Return where a round's corrected weights are."""
+    return run_dir / "corrected" / f"{method}.pt"
+
+
+def _half(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return which test images the choice is made on, bool (N,): half of each class."""
+    order = np.random.default_rng([seed, 61]).permutation(len(labels))
+    half = np.zeros(len(labels), dtype=bool)
+    for c in np.unique(labels):
+        members = order[labels[order] == c]
+        half[members[: -(-len(members) // 2)]] = True
+    return half
+
+
+def _right(context: Context, model: nn.Module, attacks: Sequence[Attack]) -> list[Any]:
+    """Return which test images are classified right, (N,), and for each artifact which others (N,) and their hits."""
+    labels = np.asarray(context.test.labels)
+    found: list[Any] = [context.predict(model, context.test).argmax(dim=1).numpy() == labels]
+    for attack in attacks:
+        others = np.flatnonzero(labels != attack.class_index)
+        logits = [
+            context.predict_pixels(model, attack.add(context.test.batch(others[part]), others[part])[0])
+            for part in batches(len(others), context.batch_size)
+        ]
+        found.append((others, torch.cat(logits).argmax(dim=1).numpy() == labels[others]))
+    return found
+
+
+def _other_half(right: list[Any], half: np.ndarray) -> dict[str, Any]:
+    """Return accuracies with intervals on the test images that the choice did not see; attacked, all artifacts."""
+    clean = right[0][~half]
+    attacked = np.concatenate([part[~half[others]] for others, part in right[1:]])
+    said: dict[str, Any] = {}
+    for name, hits in (("clean_accuracy", clean), ("attacked_accuracy", attacked)):
+        # As logits of two classes, right and wrong.
+        said |= accuracy(name, torch.from_numpy(np.stack([~hits, hits], axis=1)).float(), np.ones(len(hits), dtype=int))
+    return said
+
+
+def _round_context(context: Context, weights: Path, number: int) -> Context:
+    """Return a context for a round; it goes no further by itself."""
+    part = context.with_model(weights, context.run_dir / FOLDER / str(number))
+    part.config = replace(
+        part.config,
+        correction=replace(part.config.correction, rounds=1),
+        verify=replace(part.config.verify, recheck=False, ceiling=False),
+    )
+    return part
+
+
+def _run(part: Context, asked: Sequence[str]) -> None:
+    from spray.pipelines.runner import run_part
+
+    run_part(part, asked)
+
+
+def _round(root: Path, run_dir: Path, number: int, chosen: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what `verification.json` says of a round."""
+    return {
+        "round": number,
+        "run_dir": run_dir.relative_to(root).as_posix(),
+        "artifacts": [name for name, _ in load_findings(run_dir)],
+        "chosen": None if chosen is None else chosen["method"],
+    }
+
+
+def _checks(context: Context, rounds: Sequence[dict[str, Any]], last: Path | None) -> dict[str, Any]:
+    """Return what is left, in the model that was looked at last, of the artifacts of all rounds before."""
+    found: dict[str, Any] = {}
+    if last is None:
+        return found
+    for row in rounds:
+        before = context.run_dir / row["run_dir"]
+        if before != last:
+            prefix = "" if row["round"] == 1 else f"{row['round']}/"
+            found |= {prefix + name: said for name, said in recheck(before, last, len(context.train)).items()}
+    return found
+
+
+def _remove(run_dir: Path, last: int) -> None:
+    """Remove rounds that a run with other settings left behind."""
+    for folder in (run_dir / FOLDER).glob("*"):
+        if folder.name.isdecimal() and int(folder.name) > last and (folder / "run.json").is_file():
+            shutil.rmtree(folder)

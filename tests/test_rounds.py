@@ -1,0 +1,260 @@
+"""Rounds: the best correction is chosen, its model looked at again, what is left is corrected again; resume."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import small
+import torch
+
+from spray.pipelines import rank, recheck, rounds
+from spray.pipelines.context import Context
+
+CLASSES = ("coffee", "skin", "stone")
+STAGES = "stages=[train,attribute,analyze,rank,isolate,correct,verify]"
+OPTIONS = (
+    "experiment=image_folder",
+    f"dataset.image_size={small.SIDE}",
+    "dataset.plant.kind=box",
+    "dataset.plant.class=skin",
+    "dataset.plant.rate=0.4",
+    "dataset.plant.size=5",
+    "dataset.plant.jitter=1",
+    "model.epochs=30",
+    "model.learning_rate=5e-3",
+    "model.batch_size=16",
+    "analysis.umap=false",
+    "device=cpu",
+    STAGES,
+)
+# Steps so small that nothing changes: the artifact is found again in every round.
+USELESS = ("correction.methods=[fine_tuned]", "correction.epochs=1", "correction.learning_rate=1e-7")
+USEFUL = ("correction.methods=[a_clarc]", "correction.epochs=6", "verify.ceiling=true")
+
+
+@dataclass
+class World:
+    options: list[str]
+    folder: Path
+
+    def run(self, name: str, *more: str) -> small.Outcome:
+        return small.run(*self.options, *more, f"run_dir={self.folder / name}")
+
+    def json(self, name: str, file: str = "verification.json") -> Any:
+        return json.loads((self.folder / name / file).read_text())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("rounds")
+    options = [
+        *OPTIONS,
+        *small.write_images(folder, dict.fromkeys(CLASSES, small.TRAIN), dict.fromkeys(CLASSES, small.TEST)),
+        f"model.factory={small.write_model(folder)}:build",
+    ]
+    found = World(options, folder)
+    for name, more in (("useless", (*USELESS, "correction.rounds=3")), ("useful", (*USEFUL, "correction.rounds=3"))):
+        said = found.run(name, *more)
+        assert (said.code, said.err) == (0, "")
+    return found
+
+
+def test_a_useless_correction_leaves_the_artifact_until_the_rounds_are_used_up(world: World) -> None:
+    said = world.json("useless")
+    assert [row["round"] for row in said["rounds"]] == [1, 2, 3, 4]
+    assert [row["run_dir"] for row in said["rounds"]] == [".", "rounds/2", "rounds/3", "rounds/4"]
+    assert all(len(row["artifacts"]) == 1 for row in said["rounds"])
+    # The fourth only looks.
+    assert [row["chosen"] for row in said["rounds"]] == [*["fine_tuned"] * 3, None]
+    assert not (world.folder / "useless/rounds/4/corrected").exists()
+    assert said["final"] == {"round": 3, "method": "fine_tuned", "weights": "rounds/3/corrected/fine_tuned.pt"}
+    assert list(said["recheck"]) == ["a01", "2/a01", "3/a01"]
+    for row in said["recheck"].values():
+        assert row["verdict"] == "left"
+        assert row["after"]["jaccard"] > 0.5
+    assert list(said["models"]) == ["original", "fine_tuned", "round_2", "round_3"]
+    for number in (2, 3):
+        folder = world.folder / f"useless/rounds/{number}"
+        for file in ("run.json", "model.pt", "attributions.h5", "analysis.h5", "ranking.json", "artifacts.json"):
+            assert (folder / file).is_file(), file
+        assert (folder / "corrected/fine_tuned.pt").is_file()
+        assert (folder / "verification.json").is_file()
+        assert (folder / ".hydra/config.yaml").is_file()
+
+
+def test_each_round_explains_the_model_that_the_one_before_chose(world: World) -> None:
+    run = world.folder / "useless"
+    weights = [run / "corrected/fine_tuned.pt", run / "rounds/2/corrected/fine_tuned.pt"]
+    for number, path in enumerate(weights, start=2):
+        given, own = (torch.load(p, weights_only=True) for p in (path, run / f"rounds/{number}/model.pt"))
+        assert all(torch.equal(value, own[key]) for key, value in given.items())
+
+
+def test_a_useful_correction_ends_the_loop(world: World) -> None:
+    said = world.json("useful")
+    assert len(said["rounds"]) == 2
+    assert said["rounds"][1] == {"round": 2, "run_dir": "rounds/2", "artifacts": [], "chosen": None}
+    assert said["final"] == {"round": 1, "method": "a_clarc", "weights": "corrected/a_clarc.pt"}
+    (row,) = said["recheck"].values()
+    assert row["verdict"] in ("gone", "no_effect")
+    assert row["before"]["jaccard"] > 0.9
+    assert list(said["models"]) == ["original", "fine_tuned", "a_clarc", "ceiling"]
+
+
+def test_the_clusters_of_the_recheck_are_those_of_the_files(world: World) -> None:
+    run = world.folder / "useful"
+    (row,) = world.json("useful")["recheck"].values()
+    samples = set(world.json("useful", "artifacts.json")["artifacts"][0]["samples"])
+    for part, folder in (("before", run), ("after", run / "rounds/2")):
+        best = 0.0
+        for ranked in json.loads((folder / "ranking.json").read_text())["clusters"]:
+            if ranked["class_index"] == row["class_index"]:
+                name, label = ranked["cluster"].rsplit("/", 1)
+                members: set[int] = set()
+                for file in ("analysis.h5", "candidates.h5"):
+                    with h5py.File(folder / file) as opened:
+                        for group in opened.values():
+                            path = f"cluster/{name}"
+                            if set(group["index"][:].tolist()) >= samples and path in group:
+                                members = set(group["index"][:][group[path][:] == int(label)].tolist())
+                assert len(members) == ranked["size"]
+                best = max(best, len(members & samples) / len(members | samples))
+        assert row[part]["jaccard"] == pytest.approx(best)
+        assert row[part]["share"] <= 1
+
+
+def test_the_choice_is_made_on_half_of_the_test_images(world: World) -> None:
+    chosen = world.json("useful")["chosen"]
+    models = world.json("useful")["models"]
+    n = models["original"]["n"]
+    assert chosen["n"] == n / 2
+    best = chosen["tried"][chosen["method"]]
+    # Both halves together are all of them.
+    whole = (best["clean_accuracy"] + chosen["other_half"]["clean_accuracy"]) / 2
+    assert whole == pytest.approx(models["a_clarc"]["clean_accuracy"])
+    assert best["attacked_accuracy"] > chosen["tried"]["original"]["attacked_accuracy"] + 0.2
+    assert "test images" in chosen["why"]
+
+
+def test_the_ceiling_never_saw_the_artifact_and_is_trained_alike(world: World) -> None:
+    run = world.folder / "useful"
+    record = json.loads((run / "ceiling/run.json").read_text())
+    assert list(record["stages"]) == ["train"]
+    assert not (run / "ceiling/planted.json").exists()
+    plain = world.run("clean", "stages=[train]", "dataset.plant.kind=none")
+    assert plain.code == 0
+    ours, theirs = (torch.load(p / "model.pt", weights_only=True) for p in (run / "ceiling", world.folder / "clean"))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    ceiling = world.json("useful")["models"]["ceiling"]
+    original = world.json("useful")["models"]["original"]
+    assert ceiling["planted"]["attacked_accuracy"] > original["planted"]["attacked_accuracy"] + 0.2
+
+
+def test_rounds_of_an_earlier_configuration_are_removed_and_corrections_kept(world: World) -> None:
+    import shutil
+
+    copy = world.folder / "copied"
+    shutil.copytree(world.folder / "useless", copy)
+    said = world.run("copied", *USELESS, "correction.rounds=1", "verify.recheck=false")
+    assert said.code == 0
+    assert "correct: up to date" in said.out
+    assert not list((copy / "rounds").glob("*"))
+    assert world.json("copied")["recheck"] == {}
+    assert world.json("copied")["final"]["round"] == 1
+
+
+@pytest.mark.parametrize("stage", ["rank", "correct"])
+def test_a_run_that_is_stopped_in_round_2_goes_on_there(
+    world: World, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    import importlib
+    import shutil
+
+    module = importlib.import_module(f"spray.pipelines.{stage}")
+    name = f"stopped-{stage}"
+    shutil.copytree(world.folder / "useless", world.folder / name)
+    shutil.rmtree(world.folder / name / "rounds")
+    work = module.STAGE.run
+
+    def stop(context: Context) -> Any:
+        if context.run_dir.name == "2":
+            raise KeyboardInterrupt
+        return work(context)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "STAGE", replace(module.STAGE, run=stop))
+        said = world.run(name, *USELESS, "correction.rounds=3", "verify.n_explained=499")
+        assert said.code == 130
+    record = world.json(f"{name}/rounds/2", "run.json")["stages"]
+    assert record["attribute"]["status"] == "done"
+    assert record[stage]["status"] == "failed"
+    kept = world.folder / name / "rounds/2/attributions.h5"
+    before = kept.stat().st_mtime_ns
+    said = world.run(name, *USELESS, "correction.rounds=3")
+    assert said.code == 0
+    assert kept.stat().st_mtime_ns == before
+    assert world.json(name) == world.json("useless")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_round_2_goes_on_there(world: World) -> None:
+    command = [sys.executable, "-m", "spray.pipelines.cli", *world.options, *USELESS, "correction.rounds=3"]
+    command += [f"run_dir={world.folder / 'killed'}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    record = world.folder / "killed/rounds/2/run.json"
+    until = time.monotonic() + 300
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            if json.loads(record.read_text())["stages"]["analyze"]["status"] == "running":
+                break
+        except (OSError, KeyError):
+            pass
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    said = world.run("killed", *USELESS, "correction.rounds=3")
+    assert said.code == 0
+    assert world.json("killed")["recheck"] == world.json("useless")["recheck"]
+    assert world.json("killed")["rounds"] == world.json("useless")["rounds"]
+
+
+def test_what_cannot_be_is_told(world: World) -> None:
+    said = world.run("none", "verify.ceiling=true", "dataset.plant.kind=none")
+    assert said.code == 2
+    assert "verify.ceiling=true needs a planted artifact" in said.err
+    weights = world.folder / "useless/model.pt"
+    said = world.run("none", "verify.ceiling=true", f"model.checkpoint={weights}")
+    assert said.code == 2
+    assert "trained here" in said.err
+    assert "correction.rounds=0 is out of range" in world.run("none", "correction.rounds=0").err
+
+
+def cluster(jaccard: float, q: float, separability: float) -> dict[str, Any]:
+    return {"jaccard": jaccard, "q_value": q, "p_value": q, "separability": separability}
+
+
+def test_a_cluster_stands_out_if_it_is_significant_or_as_separable_as_before() -> None:
+    before = cluster(1.0, 0.2, 10.0)
+    assert not recheck.stands_out(before, None)
+    assert not recheck.stands_out(before, cluster(0.4, 0.001, 20.0))
+    assert recheck.stands_out(before, cluster(0.6, 0.001, 1.0))
+    assert recheck.stands_out(before, cluster(0.6, 0.9, 5.5))
+    assert not recheck.stands_out(before, cluster(0.6, 0.9, 4.5))
+
+
+def test_the_half_has_half_of_each_class() -> None:
+    labels = np.array([0] * 10 + [1] * 7 + [2])
+    half = rounds._half(labels, 0)
+    assert [int(half[labels == c].sum()) for c in range(3)] == [5, 4, 1]
+    assert not np.array_equal(half, rounds._half(labels, 1))
+    assert rank.STAGE.name == "rank"
