@@ -189,7 +189,15 @@ def _run_job(config: DictConfig, settings: Any) -> None:
         handler = _log_to_file(run_dir / "run.log")
         try:
             _write_config(run_dir / ".hydra", config, settings)
-            run_stages(Context(typed, run_dir, _log), asked, stages)
+            context = Context(typed, run_dir, _log)
+            try:
+                run_stages(context, asked, stages)
+            except Exception:
+                if "report" in asked:
+                    from spray.pipelines.report import report_failure
+
+                    report_failure(context)
+                raise
             _log.info("results in %s", run_dir)
         except (KeyboardInterrupt, Preempted) as stop:
             handler.handle(_log.makeRecord("spray", logging.INFO, __file__, 0, "stopped: %r", (stop,), None))

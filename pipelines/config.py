@@ -189,6 +189,9 @@ class VerifyConfig:
 class ReportConfig:
     """What the report shows."""
 
+    # Formats of the figures for papers in `figures/`: png, pdf; an empty list for none.
+    figures: list[str] = field(default_factory=lambda: ["png", "pdf"])
+
 
 @dataclass
 class CompareConfig:

@@ -9,10 +9,12 @@ from typing import Any
 from spray.data.truth import read_truth
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
+from spray.report.charts import draw
 from spray.report.data import ReportData, Truth
 from spray.report.gather import gather
+from spray.report.record import Results
 from spray.report.render import render
-from spray.storage import write_text
+from spray.storage import write_bytes, write_text
 from spray.virelay import can_show, export
 
 
@@ -20,6 +22,8 @@ def run(context: Context) -> dict[str, Any]:
     """Write `report.html`, `figures/` and `virelay/` from what the run directory holds."""
     data = write_page(context)
     facts = {"artifacts_found": len(data.found), "bytes": (context.run_dir / "report.html").stat().st_size}
+    for name, picture in draw(data, context.config.report.figures).items():
+        write_bytes(context.run_dir / "figures" / name, picture)
     _export(context)
     return facts
 
@@ -36,6 +40,18 @@ def write_page(context: Context) -> ReportData:
     )
     write_text(context.run_dir / "report.html", render(data))
     return data
+
+
+def report_failure(context: Context) -> None:
+    """Write the report of a run that failed in a stage: what was done before, and where it stopped."""
+    try:
+        stages = Results(context.run_dir).stages
+        if any(entry.get("status") == "failed" for name, entry in stages.items() if name != "report"):
+            write_page(context)
+            context.log.info("report of what was done before: %s", context.run_dir / "report.html")
+    except Exception as error:
+        # The failure itself is what is to be told.
+        context.log.debug("no report: %r", error)
 
 
 def _export(context: Context) -> None:
@@ -94,6 +110,6 @@ STAGE = Stage(
     name="report",
     needs=("attribute", "analyze", "rank", "isolate", "correct", "verify"),
     settings=("report",),
-    outputs=("report.html", "virelay/"),
+    outputs=("report.html", "figures/", "virelay/"),
     run=run,
 )

@@ -57,6 +57,7 @@ CHOICES = {
     "rank.score": ("cross_fitted", "fisher"),
     "rank.correction": CORRECTIONS,
 }
+FIGURES = ("png", "pdf")
 EVIDENCE = ("content", "confidence", "concentration", "stability")
 # Stages that put images through the model.
 WITH_MODEL = {"train", "attribute", "isolate", "correct", "verify"}
@@ -98,6 +99,8 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
         from spray.pipelines.ceiling import check_ceiling
 
         check_ceiling(config)
+    if unknown := [kind for kind in config.report.figures if kind not in FIGURES]:
+        raise UserError(f"report.figures has {', '.join(unknown)}; allowed: {', '.join(FIGURES)}, or [] for none")
     if "compare" in stages:
         from spray.pipelines.compare import check
 

@@ -371,6 +371,7 @@ def context(run_dir: Path, dataset: ImageDataset) -> SimpleNamespace:
         dataset=SimpleNamespace(name="image_folder", train="/some where/shapes"),
         model=SimpleNamespace(name="small_cnn", factory="models/mine.py:build"),
         attribution=SimpleNamespace(method="lrp", composite="epsilon_plus_flat", target="label"),
+        report=SimpleNamespace(figures=["png"]),
     )
     return SimpleNamespace(
         config=config,
@@ -401,6 +402,9 @@ def test_stage_writes_report_and_virelay_project(run_dir, dataset):
     assert all(told), "all that was planted is named"
     assert [match.start() for match in told] == sorted(match.start() for match in told), "artifacts first"
     assert facts == {"artifacts_found": 1, "bytes": (run_dir / "report.html").stat().st_size}
+    assert {path.name for path in (run_dir / "figures").iterdir()} == {
+        f"{name}.png" for name in ("ranking", "spectrum", "embedding", "artifacts", "causal_effects", "accuracies")
+    }
     assert "image_folder: shapes" in page
     assert "mine.py:build" in page
     assert "Known, because it was planted" in page
@@ -409,6 +413,19 @@ def test_stage_writes_report_and_virelay_project(run_dir, dataset):
     project = (run_dir / "virelay" / "project.yaml").read_text()
     assert "../attributions.h5" in project
     assert "attribution_method: lrp_epsilon_plus_flat" in project
+
+
+def test_failure_has_its_report_and_hides_nothing(run_dir, dataset):
+    from spray.pipelines.report import report_failure
+
+    where = context(run_dir, dataset)
+    report_failure(where)
+    assert not (run_dir / "report.html").exists(), "nothing failed"
+    with_stages(run_dir, attribute="done", analyze="failed", isolate="pending")
+    report_failure(where)
+    assert "the run failed in stage analyze" in (run_dir / "report.html").read_text()
+    (run_dir / "run.json").write_text("{")
+    report_failure(where)  # what can't be told doesn't take the place of the failure
 
 
 def test_stage_leaves_out_virelay_where_it_cannot_show_the_images(tmp_path):

@@ -25,6 +25,7 @@ from spray.report.data import (
 from spray.report.embeddings import POINTS, Wanted, embeddings
 from spray.report.lights import lights
 from spray.report.record import Results, check, facts, skipped
+from spray.verification import wilson_interval
 
 _GALLERIES = 4  # artifacts shown with galleries at most
 _FIRST_CANDIDATE = 1  # scores of rejected candidates that points can be coloured by, for each class
@@ -175,8 +176,8 @@ def _artifact(
         cluster=None if row.get("cluster") is None else str(row["cluster"]),
         flip_rate=_finite(row.get("flip_rate")),
         control_flip_rate=_finite(row.get("control_flip_rate")),
-        flip_rate_interval=_ends(row.get("flip_rate_interval")),
-        control_flip_rate_interval=_ends(row.get("control_flip_rate_interval")),
+        flip_rate_interval=_interval(row, "flip_rate"),
+        control_flip_rate_interval=_interval(row, "control_flip_rate"),
         p_value=_finite(row.get("p_value")),
         logit_gain=_finite(row.get("logit_gain")),
         removal_cost=_finite(row.get("removal_cost")),
@@ -260,8 +261,13 @@ def _share(row: Mapping[str, Any], name: str) -> Share | None:
     return None if value is None else Share(value, low, high)
 
 
-def _ends(interval: Any) -> tuple[float, float] | None:
-    low, high = (_finite(end) for end in interval or (None, None))
+def _interval(row: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of a rate: as it is given, else from the number of images."""
+    rate, n = _finite(row.get(name)), row.get("n_tested")
+    given = row.get(f"{name}_interval")
+    if given is None and rate is not None and n:
+        given = wilson_interval(rate * n, n)
+    low, high = (_finite(end) for end in given or (None, None))
     return None if low is None or high is None else (low, high)
 
 
