@@ -36,6 +36,8 @@ class ModelResult:
     attacked_to_class: Share | None = None
     artifact_relevance: Share | None = None
     worst_class: Share | None = None
+    worst_group: Share | None = None
+    tcav: Share | None = None
     planted_attacked: Share | None = None
     planted_to_class: Share | None = None
     further: tuple[tuple[str, str], ...] = ()
@@ -265,6 +267,37 @@ class OutputRow:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """The correction that was chosen, why, and its accuracies on the images that it was not chosen on."""
+
+    method: str
+    why: str = ""
+    clean: Share | None = None
+    attacked: Share | None = None
+
+
+@dataclass(frozen=True)
+class ClusterThen:
+    """The cluster that holds most of an artifact's samples in one model: which, and the share of them in it."""
+
+    cluster: str
+    size: int | None = None
+    share: float | None = None
+    separability: float | None = None
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """What is left of an artifact in the corrected model: `gone`, `no_effect` or `left`."""
+
+    artifact: str
+    class_name: str
+    verdict: str
+    before: ClusterThen | None = None
+    after: ClusterThen | None = None
+
+
+@dataclass(frozen=True)
 class Check:
     """A further table of the verification, such as its rounds, as it is printed."""
 
@@ -286,6 +319,8 @@ class ReportData:
     artifacts: tuple[Artifact, ...] | None = None
     lights: tuple[Light, ...] = ()
     models: tuple[ModelResult, ...] | None = None
+    chosen: Chosen | None = None
+    rechecks: tuple[Recheck, ...] = ()
     checks: tuple[Check, ...] = ()
     truths: tuple[Truth, ...] = ()
     embeddings: tuple[Embedding, ...] | None = None

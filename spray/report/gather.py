@@ -13,55 +13,24 @@ from spray.report import evidence
 from spray.report.data import (
     PASSED,
     Artifact,
-    Check,
     Embedding,
     Gallery,
-    ModelResult,
     RankRow,
     ReportData,
-    Share,
     Truth,
 )
 from spray.report.embeddings import POINTS, Wanted, embeddings
 from spray.report.lights import lights
-from spray.report.record import Results, check, facts, skipped
-from spray.verification import wilson_interval
+from spray.report.record import Results, facts, skipped
+from spray.report.verified import chosen, finite, further_checks, model_result, rate_interval, rechecks
 
 _GALLERIES = 4  # artifacts shown with galleries at most
 _FIRST_CANDIDATE = 1  # scores of rejected candidates that points can be coloured by, for each class
-_KNOWN_OF_ARTIFACT = frozenset(
+_OF_ARTIFACT = frozenset(
     (
-        "id",
-        "class_index",
-        "class_name",
-        "cluster",
-        "samples",
-        "verdict",
-        "kind",
-        "opacity",
-        "flip_rate",
-        "control_flip_rate",
-        "p_value",
-        "logit_gain",
-        "mask",
-        "pattern",
-        "scores",
-        "n_tested",
-        "removal_cost",
-        "removal_p_value",
-    )
-)
-_KNOWN_OF_MODEL = frozenset(
-    (
-        "n",
-        "n_attacked",
-        "clean_accuracy",
-        "attacked_accuracy",
-        "attacked_to_class",
-        "artifact_relevance",
-        "worst_class_accuracy",
-        "artifacts",
-        "planted",
+        *("id", "class_index", "class_name", "cluster", "samples", "verdict", "kind", "opacity", "logit_gain"),
+        *("flip_rate", "control_flip_rate", "p_value", "n_tested", "removal_cost", "removal_p_value"),
+        *("mask", "pattern", "scores"),
     )
 )
 _CAVEATS = (
@@ -128,8 +97,10 @@ def gather(
         n_test=None if test is None else len(test),
         artifacts=artifacts,
         lights=lights(dataset.classes, artifacts, classes, too_small),
-        models=None if models is None else tuple(_model(name, row) for name, row in models.items()),
-        checks=tuple(_checks(verification or {})),
+        models=None if models is None else tuple(model_result(name, row) for name, row in models.items()),
+        chosen=chosen(verification or {}),
+        rechecks=rechecks(verification or {}),
+        checks=tuple(further_checks(verification or {})),
         truths=tuple(truths),
         embeddings=plots,
         without_plot=without,
@@ -174,18 +145,18 @@ def _artifact(
         class_name=row["class_name"],
         verdict=row.get("verdict", "no_effect"),
         cluster=None if row.get("cluster") is None else str(row["cluster"]),
-        flip_rate=_finite(row.get("flip_rate")),
-        control_flip_rate=_finite(row.get("control_flip_rate")),
-        flip_rate_interval=_interval(row, "flip_rate"),
-        control_flip_rate_interval=_interval(row, "control_flip_rate"),
-        p_value=_finite(row.get("p_value")),
-        logit_gain=_finite(row.get("logit_gain")),
-        removal_cost=_finite(row.get("removal_cost")),
-        removal_p_value=_finite(row.get("removal_p_value")),
+        flip_rate=finite(row.get("flip_rate")),
+        control_flip_rate=finite(row.get("control_flip_rate")),
+        flip_rate_interval=rate_interval(row, "flip_rate"),
+        control_flip_rate_interval=rate_interval(row, "control_flip_rate"),
+        p_value=finite(row.get("p_value")),
+        logit_gain=finite(row.get("logit_gain")),
+        removal_cost=finite(row.get("removal_cost")),
+        removal_p_value=finite(row.get("removal_p_value")),
         n_tested=row.get("n_tested"),
         kind=None if row.get("kind") is None else str(row["kind"]),
-        opacity=_finite(row.get("opacity")) if isinstance(row.get("opacity"), int | float) else None,
-        further=facts(row, _KNOWN_OF_ARTIFACT),
+        opacity=finite(row.get("opacity")) if isinstance(row.get("opacity"), int | float) else None,
+        further=facts(row, _OF_ARTIFACT),
         samples=samples,
         sample_names=tuple(dataset.names[sample] for sample in samples),
         scores=tuple(scores[sample] for sample in samples) if all(s in scores for s in samples) else (),
@@ -193,7 +164,7 @@ def _artifact(
         mask=_picture(run_dir, row.get("mask"), "L"),
         galleries=groups,
         limit=limit,
-        effects=tuple(_model(name, effect) for name, effect in effects.items() if effect),
+        effects=tuple(model_result(name, effect) for name, effect in effects.items() if effect),
     )
 
 
@@ -239,66 +210,30 @@ def _picture(run_dir: Path, name: str | None, mode: str) -> np.ndarray | None:
         return np.asarray(picture.convert(mode))
 
 
-def _model(name: str, row: Mapping[str, Any]) -> ModelResult:
-    planted = row.get("planted") or {}
-    return ModelResult(
-        name=name,
-        n=row.get("n"),
-        clean=_share(row, "clean_accuracy"),
-        attacked=_share(row, "attacked_accuracy"),
-        attacked_to_class=_share(row, "attacked_to_class"),
-        artifact_relevance=_share(row, "artifact_relevance"),
-        worst_class=_share(row, "worst_class_accuracy"),
-        planted_attacked=_share(planted, "attacked_accuracy"),
-        planted_to_class=_share(planted, "attacked_to_class"),
-        further=facts(row, _KNOWN_OF_MODEL),
-    )
-
-
-def _share(row: Mapping[str, Any], name: str) -> Share | None:
-    value = _finite(row.get(name))
-    low, high = row.get(f"{name}_interval") or (None, None)
-    return None if value is None else Share(value, low, high)
-
-
-def _interval(row: Mapping[str, Any], name: str) -> tuple[float, float] | None:
-    """Return the 95 % interval of a rate: as it is given, else from the number of images."""
-    rate, n = _finite(row.get(name)), row.get("n_tested")
-    given = row.get(f"{name}_interval")
-    if given is None and rate is not None and n:
-        given = wilson_interval(rate * n, n)
-    low, high = (_finite(end) for end in given or (None, None))
-    return None if low is None or high is None else (low, high)
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if value is not None and np.isfinite(value) else None
-
-
 def _ranks(ranking: Any, kind: str, confirmed: Sequence[Artifact]) -> tuple[RankRow, ...] | None:
     if ranking is None:
         return None
     classes = {artifact.class_index for artifact in confirmed}
     clusters = {(artifact.class_index, artifact.cluster) for artifact in confirmed}
-    best = {row["class_index"]: _finite(row.get("score")) for row in ranking.get("classes", [])}
+    best = {row["class_index"]: finite(row.get("score")) for row in ranking.get("classes", [])}
     rows = []
     for place, row in enumerate(ranking.get(kind, []), start=1):
         cluster = None if row.get("cluster") is None else str(row["cluster"])
         index = row["class_index"]
         others = [score for other, score in best.items() if other != index and score is not None]
-        evidence_of = ((key, _finite(value)) for key, value in (row.get("evidence") or {}).items())
+        evidence_of = ((key, finite(value)) for key, value in (row.get("evidence") or {}).items())
         rows.append(
             RankRow(
                 rank=row.get("rank", place),
                 class_name=row["class_name"],
                 size=row.get("n", row.get("size", 0)),
-                separability=_finite(row.get("separability")),
-                p_value=_finite(row.get("p_value")),
+                separability=finite(row.get("separability")),
+                p_value=finite(row.get("p_value")),
                 cluster=cluster,
                 found=index in classes if cluster is None else (index, cluster) in clusters,
                 class_index=index,
-                q_value=_finite(row.get("q_value")),
-                score=_finite(row.get("score")),
+                q_value=finite(row.get("q_value")),
+                score=finite(row.get("score")),
                 null=(min(others), float(np.median(others)), max(others)) if others else None,
                 evidence=tuple((key, value) for key, value in evidence_of if value is not None),
             )
@@ -312,14 +247,6 @@ def _untested(dataset: ImageDataset, artifacts: Sequence[Artifact] | None) -> tu
         return ()
     tested = {artifact.class_index for artifact in artifacts}
     return tuple(name for index, name in enumerate(dataset.classes) if index not in tested)
-
-
-def _checks(verification: Mapping[str, Any]) -> Iterator[Check]:
-    """Yield what verification says beside the models."""
-    for key, value in verification.items():
-        table = None if key == "models" else check(key.replace("_", " ").capitalize(), value)
-        if table is not None:
-            yield table
 
 
 def _own_caveats(confirmed: Sequence[Artifact], models: Mapping[str, Any] | None) -> Iterator[str]:

@@ -150,7 +150,7 @@ def facts(values: Mapping[str, Any], known: frozenset[str] = frozenset()) -> tup
     shown = [
         (key.replace("_", " "), _text(value, values.get(f"{key}_interval")))
         for key, value in values.items()
-        if key not in known and not key.endswith("_interval") and value not in (None, [], {}) and not _is_table(value)
+        if key not in known and not key.endswith("_interval") and value not in (None, [], {}) and not _is_deep(value)
     ]
     return tuple(shown[:_FACTS])
 
@@ -168,6 +168,12 @@ def check(title: str, value: Any) -> Check | None:
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether a value has parts that have parts, which no line of text could hold."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(isinstance(part, list | Mapping) for part in parts)
 
 
 def _text(value: Any, interval: Any = None) -> str:

@@ -51,7 +51,7 @@ def render(data: ReportData) -> str:
         matches=[(truth, match_truth(truth, data.found)) for truth in data.truths],
         original=_model(data.models, "original"),
         control=_model(data.models, "fine_tuned") or _model(data.models, "fine_tune"),
-        best=best_correction(data.models),
+        best=_model(data.models, data.chosen.method) if data.chosen else best_correction(data.models),
         lists=lists,
         level=LEVEL,
         plots=plots(data.embeddings or (), data.class_names, max(_LEAST, _PAGE - _TEXT - taken)),
@@ -86,6 +86,7 @@ def environment() -> Environment:
         "clipped",
         "size",
         "status_name",
+        "left_name",
     ):
         made.filters[name] = getattr(words, name)
     for name in ("model_name", "model_role", "verdict_name", "verdict_meaning"):

@@ -109,7 +109,14 @@ def duration(seconds: float | None) -> str:
 
 def model_name(name: str) -> str:
     """Return a model's name as the literature writes it."""
+    if name.startswith("round_"):
+        return f"After round {name.removeprefix('round_')}"
     return _MODELS.get(name, name)
+
+
+def left_name(verdict: str) -> str:
+    """Return what is left of an artifact in a corrected model, in words."""
+    return {"gone": "gone", "no_effect": "still a cluster, without effect", "left": "still acts"}.get(verdict, verdict)
 
 
 def model_role(name: str) -> str:
