@@ -17,7 +17,7 @@ from spray.data.plant_options import Plant
 from spray.pipelines.context import Context
 from spray.sensitivity import concept_layer, directional_derivatives
 from spray.training import batches
-from spray.verification import Group, attack_metrics, group_metrics, relevance_inside, tcav_metrics
+from spray.verification import Group, accuracy, attack_metrics, group_metrics, relevance_inside, tcav_metrics
 
 FEWEST = 8
 """Fewest test images of a class that carry an artifact by themselves for them to be a group of their own."""
@@ -98,7 +98,8 @@ def measure(context: Context, model: nn.Module, logits: Tensor, attack: Attack) 
     Returns
     -------
     dict
-        What `attack_metrics`, `group_metrics` and `tcav_metrics` return.
+        What `attack_metrics`, `group_metrics` and `tcav_metrics` return; and `unattacked_accuracy`, that on the same
+        images as `attacked_accuracy`, without the artifact.
     """
     labels = np.asarray(context.test.labels)
     others = np.ones(len(labels), dtype=bool) if attack.class_index is None else labels != attack.class_index
@@ -106,6 +107,7 @@ def measure(context: Context, model: nn.Module, logits: Tensor, attack: Attack) 
     right = [part.argmax(dim=1).numpy() == labels for part in (logits, attacked)]
     return {
         **attack_metrics(attacked[others], labels[others], attack.class_index, inside),
+        **accuracy("unattacked_accuracy", logits[others], labels[others]),
         **group_metrics(_groups(labels, right[0], right[1], attack.carried)),
         **tcav_metrics(_derivatives(context, model, attack)),
     }
@@ -114,6 +116,7 @@ def measure(context: Context, model: nn.Module, logits: Tensor, attack: Attack) 
 NOTHING: dict[str, Any] = dict.fromkeys(
     {
         **attack_metrics(torch.empty(0, 1), np.empty(0, dtype=int), None, torch.empty(0)),
+        **accuracy("unattacked_accuracy", torch.empty(0, 1), np.empty(0, dtype=int)),
         **group_metrics([]),
         **tcav_metrics(np.empty(0)),
     }

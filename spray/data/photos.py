@@ -72,31 +72,41 @@ def _photograph(name: str) -> np.ndarray:
     return np.round(mixed).clip(0, 255).astype(np.uint8)
 
 
-def _cut(photograph: np.ndarray, rng: np.random.Generator) -> dict[str, list[tuple[np.ndarray, int, int]]]:
-    """Cut training and test patches (uint8 (3, 32, 32), top, left) from tiles of their own."""
+def _cut(
+    photograph: np.ndarray, rng: np.random.Generator, tile: int = TILE, patch: int = PATCH
+) -> dict[str, list[tuple[np.ndarray, int, int]]]:
+    """Cut training and test patches (uint8 (3, patch, patch), top, left) from tiles of their own."""
     height, width = photograph.shape[:2]
-    tiles = [(top, left) for top in range(0, height - TILE + 1, TILE) for left in range(0, width - TILE + 1, TILE)]
+    tiles = [(top, left) for top in range(0, height - tile + 1, tile) for left in range(0, width - tile + 1, tile)]
     order = rng.permutation(len(tiles))
     n_test = max(1, round(TEST_SHARE * len(tiles)))
     shares = {
         "test": (order[:n_test], TEST_PER_CLASS),
         "train": (order[n_test:], TRAIN_PER_CLASS),
     }
-    return {part: _patches(photograph, [tiles[i] for i in chosen], n, rng) for part, (chosen, n) in shares.items()}
+    return {
+        part: _patches(photograph, [tiles[i] for i in chosen], n, rng, tile, patch)
+        for part, (chosen, n) in shares.items()
+    }
 
 
 def _patches(
-    photograph: np.ndarray, tiles: list[tuple[int, int]], n: int, rng: np.random.Generator
+    photograph: np.ndarray,
+    tiles: list[tuple[int, int]],
+    n: int,
+    rng: np.random.Generator,
+    tile: int = TILE,
+    patch: int = PATCH,
 ) -> list[tuple[np.ndarray, int, int]]:
     """Cut `n` different patches, spread evenly over the tiles."""
     places: dict[tuple[int, int], None] = {}
     turn = 0
     while len(places) < n:
         tile_top, tile_left = tiles[turn % len(tiles)]
-        top, left = rng.integers(0, TILE - PATCH + 1, size=2)
+        top, left = rng.integers(0, tile - patch + 1, size=2)
         places[(tile_top + int(top), tile_left + int(left))] = None
         turn += 1
     return [
-        (photograph[top : top + PATCH, left : left + PATCH].transpose(2, 0, 1).copy(), top, left)
+        (photograph[top : top + patch, left : left + patch].transpose(2, 0, 1).copy(), top, left)
         for top, left in places
     ]

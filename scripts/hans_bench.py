@@ -1,0 +1,114 @@
+"""The controlled study: artifacts planted on purpose, found, proven, corrected, each compared with the truth.
+
+    python scripts/hans_bench.py --out outputs/hans --jobs 2
+    python scripts/hans_bench.py --quick                         # a few small runs, minutes
+    python scripts/hans_bench.py --sets photos32 --kinds tag blur --rates 0.2 --seeds 0 1 isolate.per_class=3
+
+Kinds of artifacts x rates x seeds x sets of images, with two control arms: nothing planted (any verdict is a false one)
+and the artifact in all classes alike (it says nothing about any). Each cell is a run of `spray` in a folder of its
+own, with a model trained on clean data as its ceiling; cells that are done are passed over, a study that was stopped
+goes on where it was, in the middle of a run too. `--list` names the cells. Overrides of `spray` are for all cells.
+
+A miss is a miss only where the model relies on its artifact: where that costs it 5 points of accuracy, and 5 more than
+it costs the ceiling, which may see worse with it, but learnt nothing from it.
+
+In the output folder: `hans.csv`, one row for each cell, planted artifact and model (columns: `--columns`),
+`summary.md` with the misses one by one, and figures. Exit code 1 if a cell failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import hans_cells
+import hans_rows
+import hans_tables
+from hans_cells import ARMS, CLEAN_SEEDS, KINDS, METHODS, RATES, SEEDS, SETS, Cell
+
+QUICK = ("model.epochs=8", "dataset.per_class=200", "correction.epochs=3", "isolate.n_tested=200")
+QUICK_CELLS = (Cell("photos32", 0, "planted", "tag", 0.2), Cell("photos32", 0))
+QUICK_METHODS = ("a_clarc",)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the cells that are asked for; write table, summary and figures."""
+    options, overrides = _parser().parse_known_args(arguments)
+    if unknown := [each for each in overrides if each.startswith("-") or "=" not in each]:
+        _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.columns:
+        print("\n".join(f"{name}: {meaning}" for name, meaning in hans_rows.COLUMNS.items()))
+        return 0
+    methods = QUICK_METHODS if options.quick else options.methods
+    more = [*(QUICK if options.quick else ()), *overrides]
+    wanted = _cells(options)
+    if options.list:
+        print("\n".join(cell.name for cell in wanted))
+        return 0
+    records: dict[str, dict[str, Any]] = {}
+
+    def one(cell: Cell) -> None:
+        record = hans_cells.make(cell, options.out, methods, more)
+        records[cell.name] = record
+        said = record.get("error") or f"{record['seconds']:.0f} s"
+        print(f"{len(records)}/{len(wanted)} {cell.name}: {said}", file=sys.stderr, flush=True)
+
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for future in [pool.submit(one, cell) for cell in wanted]:
+                future.result()
+                report([cell for cell in wanted if cell.name in records], records, options.out)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print((options.out / "summary.md").read_text())
+    return 1 if any("error" in record for record in records.values()) else 0
+
+
+def report(cells: Sequence[Cell], records: dict[str, dict[str, Any]], out: Path) -> None:
+    """Write `hans.csv`, `summary.md` and the figures, of the cells that are done."""
+    done = [records[cell.name] for cell in cells if "error" not in records[cell.name]]
+    failed = [(cell.name, records[cell.name]["error"]) for cell in cells if "error" in records[cell.name]]
+    rows = [row for record in done for row in hans_rows.rows_of(record, out)]
+    hans_rows.write_table(out / "hans.csv", rows)
+    hans_cells.write(out / "summary.md", hans_tables.summary(rows, failed))
+    if rows:
+        import hans_plots
+
+        hans_plots.draw(rows, out)
+
+
+def _cells(options: argparse.Namespace) -> list[Cell]:
+    if options.quick:
+        return list(QUICK_CELLS)
+    found = hans_cells.cells(
+        options.sets, options.kinds, options.rates, options.seeds, options.clean_seeds, options.arms
+    )
+    return [cell for cell in found if not options.only or cell.name in options.only][: options.most]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/hans"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
+    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--clean-seeds", nargs="+", type=int, default=list(CLEAN_SEEDS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="corrections; fine_tuned is always made")
+    parser.add_argument("--only", nargs="+", help="names of cells")
+    parser.add_argument("--most", type=int, help="at most so many cells")
+    parser.add_argument("--quick", action="store_true", help="one planted and one clean cell, small")
+    parser.add_argument("--list", action="store_true", help="name the cells and stop")
+    parser.add_argument("--columns", action="store_true", help="tell what the columns of hans.csv mean and stop")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

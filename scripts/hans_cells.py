@@ -1,0 +1,214 @@
+"""The cells of `hans_bench.py`: which runs of `spray` there are, in which order, and how one is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ARMS = ("planted", "clean", "everywhere")
+CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
+STAGES = "stages=[train,attribute,analyze,rank,isolate,correct,verify]"
+CEILINGS = "ceilings"
+"""Models trained on clean data, shared by all cells of a set and a seed."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A set of images: its configuration, number of classes and side."""
+
+    overrides: tuple[str, ...]
+    n_classes: int
+    side: int
+
+
+PHOTOS = ("model.epochs=10", "correction.epochs=6")
+SETS = {
+    "photos32": Images(("dataset.mean=[0.5]", "dataset.std=[0.25]", *PHOTOS), 8, 32),
+    "photos64": Images(("dataset.mean=[0.5,0.5,0.5]", "dataset.std=[0.25,0.25,0.25]", *PHOTOS), 8, 64),
+    "fashion": Images(("dataset.mean=[0.286]", "dataset.std=[0.353]", "model.epochs=6", "correction.epochs=4"), 10, 28),
+}
+MODELS = {"photos32": "grey", "photos64": "colored", "fashion": "grey"}
+KINDS: dict[str, dict[str, Any]] = {
+    "tag": {"size": 6},
+    "box": {"size": 6},
+    "band_aid": {"size": 9},
+    "timestamp": {"size": 5},
+    "watermark": {"size": 5},
+    "low_bit": {"size": 5},
+    "stripe": {"size": 3},
+    "tag_anywhere": {"kind": "tag", "size": 6, "place": "random"},
+    "frame": {"size": 2, "jitter": 0},
+    "vignette": {},
+    "background": {},
+    "brightness": {},
+    "tint": {},
+    "noise": {},
+    "blur": {"size": 6},
+}
+"""The planted kinds: options for images of 32 pixels, of which `size` grows with the images."""
+RATES = (0.2, 0.5, 0.1, 0.05, 0.01)
+SEEDS = (0, 1, 2)
+CLEAN_SEEDS = tuple(range(8))
+METHODS = ("a_clarc", "p_clarc", "dfr")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: on which images, with what planted in them.
+
+    Attributes
+    ----------
+    dataset : str
+        A key of `SETS`.
+    seed : int
+        Of images, training and planting.
+    arm : str
+        `planted` on one class, `clean`, or `everywhere`: equally in all classes.
+    kind : str
+        A key of `KINDS`; empty where nothing is planted.
+    rate : float
+        Share of the images of each class that it is planted on.
+    """
+
+    dataset: str
+    seed: int
+    arm: str = "clean"
+    kind: str = ""
+    rate: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Of the cell's folder."""
+        what = "clean" if self.arm == "clean" else f"{self.arm}-{self.kind}-{100 * self.rate:02.0f}"
+        return f"{self.dataset}-{what}-seed{self.seed}"
+
+    @property
+    def target(self) -> int:
+        """The class that it is planted on: another one for every kind and seed."""
+        place = list(KINDS).index(self.kind) if self.kind else 0
+        return (5 * place + 3 * self.seed + 1) % SETS[self.dataset].n_classes
+
+    def plant(self) -> list[str]:
+        """Return the overrides that say what is planted."""
+        if self.arm == "clean":
+            return ["dataset.plant.kind=none"]
+        options = {"kind": self.kind, "place": CORNERS[(self.target + self.seed) % 4], "jitter": 1} | KINDS[self.kind]
+        if "size" in options and self.kind not in ("timestamp", "watermark", "low_bit"):
+            options["size"] = round(options["size"] * SETS[self.dataset].side / 32)
+        options |= {"class": "all" if self.arm == "everywhere" else self.target, "rate": self.rate, "seed": self.seed}
+        return [f"dataset.plant.{key}={value}" for key, value in options.items()]
+
+    def overrides(self, out: Path, methods: Sequence[str] = METHODS) -> list[str]:
+        """Return the cell's configuration, as on the command line."""
+        return [
+            "experiment=image_folder",
+            "dataset=factory",
+            f"dataset.factory={HERE / 'hans_data.py'}:{self.dataset}",
+            f"dataset.options={{seed: {self.seed}}}",
+            "model=small_cnn",
+            *SETS[self.dataset].overrides,
+            f"model.factory={HERE / 'rank_data.py'}:{MODELS[self.dataset]}",
+            *self.plant(),
+            "attribution.channels=sum",
+            "attribution.dtype=float16",
+            "analysis.umap=false",
+            f"correction.methods=[{','.join(methods)}]",
+            "correction.learning_rate=1e-3",
+            f"verify.ceiling={str(self.arm != 'clean').lower()}",
+            f"seed={self.seed}",
+            "device=cpu",
+            "compute.threads=1",
+            STAGES,
+            f"run_dir={out / self.name}",
+        ]
+
+
+def cells(
+    sets: Sequence[str] = tuple(SETS),
+    kinds: Sequence[str] = tuple(KINDS),
+    rates: Sequence[float] = RATES,
+    seeds: Sequence[int] = SEEDS,
+    clean_seeds: Sequence[int] = CLEAN_SEEDS,
+    arms: Sequence[str] = ARMS,
+) -> list[Cell]:
+    """Return the cells, such that what says most comes first.
+
+    First every kind once on the first set, then the clean models and the artifact in all classes, then the other sets,
+    then other seeds and other rates.
+    """
+    return [cell for cell in dict.fromkeys(_all(sets, kinds, rates, seeds, clean_seeds)) if cell.arm in arms]
+
+
+def _all(
+    sets: Sequence[str],
+    kinds: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    clean_seeds: Sequence[int],
+) -> Iterator[Cell]:
+    rate, seed = rates[0], seeds[0]
+    for dataset in sets:
+        yield from (Cell(dataset, seed, "planted", kind, rate) for kind in kinds)
+        yield from (Cell(dataset, other) for other in clean_seeds[:4])
+        yield from (Cell(dataset, seed, "everywhere", kind, rate) for kind in kinds[:1])
+    yield from (Cell(dataset, other) for other in clean_seeds[4:] for dataset in sets)
+    for other in rates[1:]:
+        yield from (Cell(dataset, seed, "planted", kind, other) for dataset in sets for kind in kinds)
+    for other in seeds[1:]:
+        for each in rates:
+            yield from (Cell(dataset, other, "planted", kind, each) for dataset in sets for kind in kinds)
+    yield from (Cell(dataset, seed, "everywhere", kind, rate) for dataset in sets for kind in kinds)
+
+
+def make(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:
+    """Run a cell; return what `cell.json` says of it, which is there already where the same had been done.
+
+    Returns
+    -------
+    dict
+        The cell's fields, `overrides`, `seconds`; and `error`, the command's last line, where it failed.
+    """
+    folder = out / cell.name
+    overrides = [*cell.overrides(out, methods), *more]
+    record = read_record(folder)
+    if record is not None and record["overrides"] == overrides:
+        return record
+    shared = out / CEILINGS / f"{cell.dataset}-seed{cell.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if shared.is_dir() and not (folder / "ceiling").exists():
+        shutil.copytree(shared, folder / "ceiling")
+    start = time.monotonic()
+    command = [sys.executable, "-m", "spray.pipelines.cli", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    record = asdict(cell) | {"overrides": overrides, "seconds": round(time.monotonic() - start, 1)}
+    if done.returncode != 0:
+        return record | {"error": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
+    if (folder / "ceiling").is_dir() and not shared.exists():
+        partial = shared.with_name(f".{shared.name}-{os.getpid()}")
+        shutil.copytree(folder / "ceiling", partial)
+        partial.rename(shared)
+    write(folder / "cell.json", json.dumps(record, indent=1))
+    return record
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return what `cell.json` says; None where the cell was not finished."""
+    path = folder / "cell.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    partial.write_text(text)
+    partial.rename(path)

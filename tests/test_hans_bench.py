@@ -1,0 +1,212 @@
+"""The controlled study: its cells, its arithmetic, its list of misses; and a small one from command to tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import hans_bench
+import hans_cells
+import hans_rows
+import hans_tables
+from hans_cells import KINDS, SETS, Cell
+
+from spray.data.plant_kinds import KINDS as PLANTED
+from spray.data.plant_options import read_plants
+
+
+def test_every_kind_comes_once_first_then_clean_models() -> None:
+    cells = hans_cells.cells()
+    assert [cell.kind for cell in cells[: len(KINDS)]] == list(KINDS)
+    assert {cell.arm for cell in cells[: len(KINDS)]} == {"planted"}
+    assert [cell.arm for cell in cells[len(KINDS) : len(KINDS) + 5]] == ["clean"] * 4 + ["everywhere"]
+    assert len({cell.name for cell in cells}) == len(cells)
+    wanted = {(d, k, r, s) for d in SETS for k in KINDS for r in hans_cells.RATES for s in hans_cells.SEEDS}
+    assert {(c.dataset, c.kind, c.rate, c.seed) for c in cells if c.arm == "planted"} == wanted
+    assert {options["kind"] for options in ({"kind": k} | v for k, v in KINDS.items())} == {
+        name for name in PLANTED.names() if name not in ("mislabel", "missing")
+    }
+
+
+@pytest.mark.parametrize("dataset", SETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_fits_in_every_set(dataset: str, kind: str) -> None:
+    side, n = SETS[dataset].side, SETS[dataset].n_classes
+    shape = (3 if dataset == "photos64" else 1, side, side)
+    for arm in ("planted", "everywhere"):
+        cell = Cell(dataset, 1, arm, kind, 0.2)
+        assert 0 <= cell.target < n
+        given = dict(item.removeprefix("dataset.plant.").split("=") for item in cell.plant())
+        (plant,) = read_plants(given, None, [f"c{i}" for i in range(n)], shape)
+        assert plant.target == (cell.target if arm == "planted" else None)
+        assert plant.rate == 0.2
+
+
+def test_precision_and_recall_count_samples() -> None:
+    assert hans_rows.precision_recall([1, 2, 3, 4], [3, 4, 5, 6, 7, 8]) == (2 / 4, 2 / 6)
+    assert hans_rows.precision_recall([], [1]) == (0.0, 0.0)
+
+
+def test_the_overlap_of_masks_is_that_of_their_pixels() -> None:
+    rng = np.random.default_rng(0)
+    found, true = rng.random((5, 6, 7)) < 0.5, rng.random((5, 6, 7)) < 0.3
+    expected = []
+    for a, b in zip(found, true, strict=True):
+        one, two = ({tuple(p) for p in np.argwhere(m)} for m in (a, b))
+        expected.append(len(one & two) / len(one | two))
+    assert hans_rows.mean_iou(found * 0.4, true * 1.0) == pytest.approx(np.mean(expected))
+    # What is less than half as opaque as elsewhere is not inside.
+    soft = np.array([[[1.0, 0.4, 0.0]]])
+    assert hans_rows.mean_iou(soft, np.array([[[1.0, 0.0, 0.0]]])) == 1.0
+    assert hans_rows.mean_iou(np.zeros((1, 2, 2)), np.ones((1, 2, 2))) == 0.0
+
+
+def candidate(name: str, c: int, verdict: str, samples: list[int]) -> dict[str, Any]:
+    return {"id": name, "class_index": c, "verdict": verdict, "samples": samples}
+
+
+def test_what_counts_as_a_false_alarm_and_as_the_artifact() -> None:
+    truth = {"class_index": 2, "samples": [1, 2, 3, 4]}
+    rows = [
+        candidate("a01", 1, "clever_hans", [1, 2]),  # of another class
+        candidate("a02", 2, "clever_hans", [7, 8, 1]),  # of its class, mostly other samples
+        candidate("a03", 2, "backdoor", [1, 2, 3, 9]),
+        candidate("a04", 2, "no_effect", [1, 2, 3, 4]),
+        candidate("a05", 3, "sample_bias", [5]),
+        candidate("a06", 0, "no_effect", [5]),
+    ]
+    assert [row["id"] for row in hans_rows.false_alarms(rows, truth)] == ["a01", "a02", "a05"]
+    assert [row["id"] for row in hans_rows.false_alarms(rows, None)] == ["a01", "a02", "a03", "a05"]
+    found = hans_rows.matching(rows, truth)
+    assert found is not None
+    assert found["id"] == "a03"
+    assert hans_rows.matching(rows[:1], truth) is None
+
+
+def test_the_rank_of_a_class() -> None:
+    classes = [{"class_index": c} for c in (4, 2, 0)]
+    assert hans_rows.ranked(classes, 4) == {"class_rank": 1, "hit_at_1": True, "reciprocal_rank": 1.0}
+    assert hans_rows.ranked(classes, 0) == {"class_rank": 3, "hit_at_1": False, "reciprocal_rank": 1 / 3}
+    assert hans_rows.ranked(classes, 9)["reciprocal_rank"] == 0.0
+
+
+def test_a_model_relies_only_beyond_what_the_ceiling_loses() -> None:
+    def models(attacked: float, ceiling: float) -> dict[str, Any]:
+        return {
+            "original": {"planted": {"unattacked_accuracy": 0.9, "attacked_accuracy": attacked}},
+            "ceiling": {"planted": {"attacked_accuracy": ceiling}},
+        }
+
+    assert hans_rows._reliance(models(0.6, 0.88))["relies"]
+    assert not hans_rows._reliance(models(0.86, 0.95))["relies"]  # it costs less than five points
+    assert not hans_rows._reliance(models(0.6, 0.62))["relies"]  # as much as it costs any model
+
+
+def study() -> list[dict[str, Any]]:
+    """Rows of two planted runs, one good and one that misses everything, and of a clean one."""
+    cell = {"cell": "good", "dataset": "photos32", "arm": "planted", "kind": "tag", "rate": 0.2, "extent": "local"}
+    cell |= {"relies": True, "detected": True, "hit_at_1": True, "reciprocal_rank": 1.0, "class_rank": 1}
+    cell |= {"precision": 1.0, "recall": 0.95, "auroc": 0.99, "average_precision": 0.9, "iou": 0.7}
+    cell |= {"false_alarms": 0, "n_candidates": 3, "chosen": "a_clarc", "recheck": "gone", "verdict": "backdoor"}
+    cell |= {"clean_accuracy_of_others": 0.9, "attacked_accuracy_of_others": 0.2, "attacked_ceiling": 0.88}
+    bad = cell | {"cell": "bad", "kind": "box", "precision": 0.8, "iou": 0.4, "recheck": "left", "false_alarms": 2}
+    clean = {"cell": "clean", "dataset": "photos32", "arm": "clean", "kind": "none", "rate": 0.0, "false_alarms": 1}
+    clean |= {"n_candidates": 4, "chosen": None}
+    rows = []
+    for of, accuracies in (
+        (cell, {"original": (0.9, 0.2), "fine_tuned": (0.9, 0.3), "a_clarc": (0.897, 0.875), "ceiling": (0.9, 0.88)}),
+        (bad, {"original": (0.9, 0.2), "fine_tuned": (0.9, 0.7), "a_clarc": (0.88, 0.65), "ceiling": (0.9, 0.88)}),
+        (clean, {"original": (0.9, None)}),
+    ):
+        rows += [
+            of | {"model": name, "is_chosen": name == of["chosen"], "clean_accuracy": c, "attacked_accuracy": a}
+            for name, (c, a) in accuracies.items()
+        ]
+    return rows
+
+
+def test_misses_are_listed_one_by_one() -> None:
+    assert list(hans_tables.misses(study())) == [
+        "bad: 2 verdicts that are not of the planted artifact",
+        "bad: precision 0.800, below 0.9",
+        "bad: iou 0.400, below 0.5",
+        "bad: a_clarc stays 23.0 points below the ceiling with the artifact",
+        "bad: a_clarc loses 2.0 points of clean accuracy",
+        "bad: a_clarc is not better than fine-tuning",
+        "bad: the artifact is found again in the corrected model",
+        "clean: 1 false verdicts",
+    ]
+    idle = [row | {"relies": False} for row in study()]
+    assert [miss for miss in hans_tables.misses(idle) if not miss.startswith("clean")] == []
+
+
+def test_tables_average_runs_not_models() -> None:
+    text = hans_tables.summary(study(), [("worse", "no space")])
+    assert "3 runs: 2 planted, 1 clean. 2 of 2 models rely on their artifact." in text
+    assert "| **all but blur** | 2 | 1.000 | 1.000 | 1.000 | 0.900 | 0.950 | 0.990 | 0.900 | 0.550 |" in text
+    assert "| photos32, clean | 1 | 1 (100 %) | 1.00 | 4 |" in text
+    # 0.5 and 23 points to the ceiling, 0.3 and 2 points of clean accuracy.
+    assert "| a_clarc | 2 | 0.889 | 0.762 | +11.8 | +1.2 | 1 of 2 | 1 of 2 |" in text
+    assert "- worse: no space" in text
+
+
+def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:
+    hans_rows.write_table(tmp_path / "hans.csv", study())
+    with (tmp_path / "hans.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(hans_rows.COLUMNS)
+    assert (rows[0]["cell"], rows[0]["attacked_accuracy"], rows[0]["tcav"]) == ("good", "0.2", "")
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        hans_bench.main(["--lots", "--list"])
+    assert "--lots" in capsys.readouterr().err
+
+
+def test_a_failed_cell_is_told_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--only", "photos32-clean-seed0", "--out", str(tmp_path), "dataset.per_class=none"]
+    assert hans_bench.main(only) == 1
+    text = capsys.readouterr().out
+    assert "photos32-clean-seed0: spray: error" in text
+    assert not (tmp_path / "photos32-clean-seed0/cell.json").exists()
+
+
+@pytest.mark.slow
+def test_the_quick_study(tmp_path: Path) -> None:
+    command = [sys.executable, hans_bench.__file__, "--quick", "--jobs", "2", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert said.returncode == 0, said.stderr
+    with (tmp_path / "hans.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    planted = {row["model"]: row for row in rows if row["arm"] == "planted"}
+    assert list(planted) == ["original", "fine_tuned", "a_clarc", "ceiling"]
+    assert planted["original"]["relies"] == "True"
+    assert float(planted["original"]["auroc"]) > 0.95
+    assert float(planted["original"]["iou"]) > 0.5
+    assert float(planted["a_clarc"]["attacked_accuracy"]) > float(planted["fine_tuned"]["attacked_accuracy"]) + 0.05
+    # Its numbers are those of the run's own files.
+    folder = tmp_path / "photos32-planted-tag-20-seed0"
+    models = json.loads((folder / "verification.json").read_text())["models"]
+    for name, row in planted.items():
+        assert float(row["attacked_accuracy"]) == pytest.approx(models[name]["planted"]["attacked_accuracy"], abs=1e-6)
+    assert next(row["model"] for row in rows if row["arm"] == "clean") == "original"
+    assert "### Misses" in (tmp_path / "summary.md").read_text()
+    for figure in ("detection.png", "samples.png", "corrections.png"):
+        assert (tmp_path / figure).stat().st_size > 5000
+    # Done cells are passed over.
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert again.returncode == 0
+    assert again.stdout == said.stdout
+    assert folder.joinpath("rows.json").stat().st_mtime < (tmp_path / "hans.csv").stat().st_mtime
