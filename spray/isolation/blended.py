@@ -87,26 +87,50 @@ def isolate_blended(evidence: Evidence) -> Blended | None:
     fine, factor = smaller(edges(images))
     where = (smaller(around[None, None])[0][0, 0] > 0).float()
     shift = (congeal(fine, where, -(-radius // factor))[1] * factor).clamp(-radius, radius)
+    wide = torch.from_numpy(ndimage.binary_dilation(region.numpy(), iterations=2 * radius)).float()
+    template = torch.zeros_like(images[0])
     for _ in range(2):
-        aligned = shifted(images, shift, radius)
-        alpha, _ = opacity(aligned, others, sigma=0.5)
-        alpha = alpha * (torch.from_numpy(ndimage.binary_dilation(region.numpy(), iterations=2 * radius)))
-        if not (alpha > 0).any():
-            return None
-        near = torch.from_numpy(ndimage.grey_dilation((alpha > 0).float().numpy(), size=(3, 3)))
-        template = near * (edges(aligned).mean(dim=0) - edges(others).mean(dim=0))
+        template = wide * (edges(shifted(images, shift, radius)).mean(dim=0) - edges(others).mean(dim=0))
         if float(template.square().sum()) < 1e-6:
             return None
         shift = answers(images, template, radius)[1]
         shift = (shift - shift.median(dim=0).values).clamp(-radius, radius)
-    alpha, color = opacity(shifted(images, shift, radius), others, sigma=0.5)
-    alpha = alpha * near
+    alpha, pattern = _drawn(shifted(images, shift, radius), others, template)
+    if not (alpha > 0).any():
+        return None
+    template = torch.from_numpy(ndimage.grey_dilation((alpha > 0).float().numpy(), size=(5, 5))) * template
     own, rest = (answers(part, template, radius)[0] for part in (images, others))
     unit = float(own.median() - rest.median())
-    if unit <= 1e-6 or not (alpha > 0).any():
+    if unit <= 1e-6:
         return None
     none = torch.zeros(statistics(images[:1]).shape[1])
-    return Blended(alpha, color, shift, unit, radius, True, template, none, 0.0, float(rest.median()))
+    return Blended(alpha, pattern, shift, unit, radius, True, template, none, 0.0, float(rest.median()))
+
+
+def _drawn(images: Tensor, others: Tensor, template: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimate opacity (H, W) and content (C, H, W) of something drawn with edges on aligned images.
+
+    Against what its surroundings let expect, a pixel is changed by ``α (c - x)`` on average: this is known well, since
+    what the images show cancels out. How much is opacity and how much colour the spreads tell, pooled over all of it.
+    """
+    strength = template.mean(dim=0)
+    strength = strength * strength[strength.abs() == strength.abs().max()][0].sign()
+    drawn = strength > 0.35 * strength.max()
+    free = (~drawn).float()
+    weight = smoothed(free[None, None], 2.0).clamp_min(1e-3)
+
+    def changed(part: Tensor) -> Tensor:
+        return (part - smoothed(part * free, 2.0) / weight).mean(dim=0)
+
+    change = changed(images) - changed(others)
+    (lower, _, upper), (before_lower, _, before_upper) = quartiles(images), quartiles(others)
+    ratio = (upper - lower)[:, drawn].mean() / (before_upper - before_lower)[:, drawn].mean().clamp_min(1e-3)
+    alpha = float((1 - ratio).clamp(FAINTEST, 1))
+    behind = others[:, :, drawn].mean(dim=(0, 2))
+    color = (behind + change[:, drawn].mean(dim=1) / alpha).clamp(0, 1)
+    towards = (color - behind)[:, None, None]
+    opaque = (change * towards).sum(dim=0) / towards.square().sum().clamp_min(1e-6)
+    return torch.where(drawn, opaque.clamp(0, 1), 0.0), color[:, None, None].expand_as(change).clone()
 
 
 def isolate_veil(evidence: Evidence) -> Blended | None:

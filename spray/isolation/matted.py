@@ -19,7 +19,7 @@ from spray.isolation.evidence import Evidence
 
 DONORS = 48
 """Most donors that are kept."""
-TOLERANCES = (0.006, 0.03)
+TOLERANCES = (0.001, 0.004, 0.015)
 """By how much, in a channel, pixels of one colour may differ; a matte falls to 0 at three times that."""
 AT_ONCE = 32
 """Images whose pixels are compared with each other at once."""
@@ -94,8 +94,10 @@ def _modal(pixels: Tensor, weight: Tensor, tolerance: float) -> Tensor:
     """Return the colour (n, C, 1) of most weight among pixels (n, C, p) with weights (p,)."""
     # Of many pixels not all are looked at as the colour; text of any size has more than one of its own.
     step = -(-pixels.shape[2] // 256)
-    near = (pixels[:, :, ::step, None] - pixels[:, :, None]).abs().amax(dim=1) <= tolerance
-    best = (near * weight).sum(dim=2).argmax(dim=1)
+    apart = (pixels[:, :, ::step, None] - pixels[:, :, None]).abs().amax(dim=1)
+    # Around a colour of a smooth scene there are many that differ a little; what was drawn stands alone.
+    alone = (apart <= tolerance).float() - (apart <= 4 * tolerance).float() / 2
+    best = (alone * weight).sum(dim=2).argmax(dim=1)
     return pixels[:, :, ::step].gather(2, best[:, None, None].expand(-1, pixels.shape[1], 1))
 
 
@@ -133,13 +135,12 @@ def isolate_uncolored(evidence: Evidence) -> Colored | None:
     weights = around * gain.clamp_min(0.1 * float(gain.max()))
     tried = [_colored(evidence, weights, none, tolerance) for tolerance in TOLERANCES]
     found = [one for one in tried if one is not None]
-    return max(found, key=lambda one: _separation(one, evidence), default=None)
+    return max(found, key=lambda one: _gap(one, evidence), default=None)
 
 
-def _separation(artifact: Artifact, evidence: Evidence) -> float:
+def _gap(artifact: Artifact, evidence: Evidence) -> float:
     """Return how often a sample of the cluster scores higher than one of the rest."""
-    inside, outside = artifact.score(evidence.images), artifact.score(evidence.other_images)
-    return float((inside[:, None] > outside).float().mean() + 0.5 * (inside[:, None] == outside).float().mean())
+    return float((artifact.score(evidence.images)[:, None] > artifact.score(evidence.other_images)).float().mean())
 
 
 def _colored(evidence: Evidence, weights: Tensor, color: Tensor, tolerance: float) -> Colored | None:

@@ -37,7 +37,7 @@ def frequencies(n_bands: int = BANDS) -> Tensor:
 def statistics(images: Tensor) -> Tensor:
     """Return a row of statistics (n, d) of each image (n, C, H, W) in [0, 1].
 
-    Of each channel mean, spread and the 2 % and 98 % quantiles, on the whole and along the border; differences of
+    Of each channel mean, spread, range and the 2 % and 98 % quantiles, mean and spread along the border; differences of
     channels; the power spectrum in rings; how much brighter and how much less varied corners are than the middle.
     """
     n, channels, height, width = images.shape
@@ -50,7 +50,9 @@ def statistics(images: Tensor) -> Tensor:
     y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
     far = (y[:, None].square() + x.square()).flatten()
     corners, middle = flat[:, :, far > 1.0], flat[:, :, far < 0.4]
-    parts = [flat.mean(dim=2), flat.std(dim=2), *quantiles, border.mean(dim=2), border.std(dim=2)]
+    spread = flat.std(dim=2)
+    parts = [flat.mean(dim=2), spread, (spread + 1 / 255).log(), flat.amin(dim=2), flat.amax(dim=2), *quantiles]
+    parts += [border.mean(dim=2), border.std(dim=2)]
     parts += [corners.mean(dim=2) - middle.mean(dim=2), corners.std(dim=2) - middle.std(dim=2)]
     if channels > 1:
         difference = flat[:, 1:] - flat[:, :-1]

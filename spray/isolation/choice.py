@@ -1,0 +1,149 @@
+"""Which explanation of a cluster is the best: several isolators are tried, and the evidence chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from spray.isolation.artifact import Artifact
+from spray.isolation.blended import isolate_blended, isolate_veil
+from spray.isolation.candidate import isolate
+from spray.isolation.causal import Predictor
+from spray.isolation.changed import isolate_background, isolate_change, quartiles
+from spray.isolation.evidence import Evidence
+from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
+from spray.isolation.scattered import isolate_scattered
+
+Isolator = Callable[[Evidence], Artifact | None]
+"""Explains what a cluster has and the rest of its class has not; None where it can't."""
+
+def isolate_local(evidence: Evidence) -> Artifact | None:
+    """Isolate content that is always the same, at about the same place."""
+    found = isolate(evidence.images, evidence.relevance, evidence.other_images, evidence.other_relevance)
+    return found if found is not None and found.constant else None
+
+
+ISOLATORS: dict[str, Isolator] = {
+    "local": isolate_local,
+    "colored": isolate_colored,
+    "uncolored": isolate_uncolored,
+    "scattered": isolate_scattered,
+    "blended": isolate_blended,
+    "veil": isolate_veil,
+    "change": isolate_change,
+    "background": isolate_background,
+    "donated": isolate_donated,
+}
+"""From the simplest on: of two that explain a cluster as well the earlier one is chosen."""
+
+SIMPLER = 0.01
+"""An isolator has to be better by so much than the one before it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One explanation of a cluster, fitted on half of it, and the evidence for it on the other half.
+
+    Attributes
+    ----------
+    isolator : str
+        A name in `ISOLATORS`.
+    artifact : Artifact
+        What it isolated.
+    likeness : float
+        How much like the cluster the rest of the class becomes once it is added: 0 not at all, 1 fully. Too strong a
+        change counts as much as one too weak.
+    explained : float
+        Which share of the squared difference of the quartiles of all pixels, of cluster and rest, is then gone.
+    separation : float
+        How often a sample of the cluster matches the artifact better than one of the rest does.
+    flip_rate, control_flip_rate : float
+        Shares of images of other classes that are predicted as the artifact's class once it is added, and once the
+        control is.
+    """
+
+    isolator: str
+    artifact: Artifact
+    likeness: float
+    explained: float
+    separation: float
+    flip_rate: float
+    control_flip_rate: float
+
+    @property
+    def evidence(self) -> float:
+        """What trials are compared by."""
+        effect = self.flip_rate - 0.5 * self.control_flip_rate
+        return self.likeness + 0.5 * (self.explained + effect + 2 * self.separation - 1)
+
+
+def tried(
+    evidence: Evidence,
+    target: int,
+    likeness: Callable[[Tensor], np.ndarray],
+    predict: Predictor,
+    others: Tensor,
+    seed: int,
+) -> list[Trial]:
+    """Try every isolator on half of the samples, and gather the evidence on the other half.
+
+    Parameters
+    ----------
+    evidence : Evidence
+        The cluster and the rest of its class.
+    target : int
+        The class.
+    likeness : callable
+        From images (n, C, H, W) to how much like the cluster each is: typically 1 for its samples, 0 for the rest.
+    predict : callable
+        The model, from pixels to logits.
+    others : Tensor
+        (m, C, H, W): images of other classes, none of those that the proof is made with.
+    seed : int
+        Draws variants and donors.
+
+    Returns
+    -------
+    list of Trial
+        The best first.
+    """
+    first, second = evidence.half(0), evidence.half(1)
+    rng = np.random.default_rng([seed, 21])
+    rest = second.other_images
+    draws, other_draws = (rng.integers(0, 2**31, len(images)) for images in (rest, others))
+    donors = rest[rng.integers(0, len(rest), len(others))]
+    usual = float(np.median(likeness(rest)))
+    unit = max(float(np.median(likeness(second.images))) - usual, 1e-6)
+    trials = []
+    for name, isolator in ISOLATORS.items():
+        artifact = isolator(first)
+        if artifact is None:
+            continue
+        added = artifact.insert(rest, draws)
+        like = (float(np.median(likeness(added))) - usual) / unit
+        left = _distance(second.images, added) / max(_distance(second.images, rest), 1e-9)
+        apart = separation(artifact.score(second.images), artifact.score(rest))
+        marked, control = artifact.insert(others, other_draws), artifact.insert(others, other_draws, donors)
+        rates = [float((predict(images).argmax(dim=1) == target).float().mean()) for images in (marked, control)]
+        trials.append(Trial(name, artifact, max(-1.0, 1 - abs(1 - like)), max(-1.0, 1 - left), apart, rates[0], rates[1]))
+    order = list(ISOLATORS)
+    return sorted(trials, key=lambda trial: SIMPLER * order.index(trial.isolator) - trial.evidence)
+
+
+def refitted(trial: Trial, evidence: Evidence) -> Artifact:
+    """Return what the chosen isolator isolates from all samples; the trial's own if that is nothing."""
+    return ISOLATORS[trial.isolator](evidence) or trial.artifact
+
+
+def _distance(images: Tensor, others: Tensor) -> float:
+    """Return the mean squared difference of two sets' quartiles, pixel by pixel."""
+    return float((quartiles(images) - quartiles(others)).square().mean())
+
+
+def separation(inside: Tensor, outside: Tensor) -> float:
+    """Return how often one value is larger than another: the area under the receiver's operating characteristic."""
+    larger, equal = inside[:, None] > outside, inside[:, None] == outside
+    return float(larger.float().mean() + 0.5 * equal.float().mean())
