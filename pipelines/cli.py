@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from spray.errors import UserError
 from spray.pipelines.preemption import RESUME, Preempted, check, listening
-from spray.pipelines.sweeps import ENDS, JobEnd, Task, lost_job, missing_launcher, stop_local_jobs
+from spray.pipelines.sweeps import ENDS, JobEnd, Task, lost_job, missing_launcher, stop_local_jobs, write_index
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,7 +40,7 @@ def main() -> None:
 def _main() -> int:
     # Hydra prints a traceback and exits by itself unless it is told to let exceptions through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    ENDS.codes.clear()
+    ENDS.clear()
     _folder.clear()
     _log_to_terminal()
     try:
@@ -53,6 +53,7 @@ def _main() -> int:
             raise
     except (KeyboardInterrupt, Preempted) as stop:
         stop_local_jobs()
+        write_index(ENDS)
         told = f"stopped by {stop}" if isinstance(stop, Preempted) else "interrupted"
         where = f"run_dir={_folder[0]}" if _folder else "the same run_dir"
         print(f"spray: {told}; the same command with {where} goes on from here", file=sys.stderr)
@@ -70,8 +71,11 @@ def _main() -> int:
         if line is None:
             traceback.print_exc()
             line = f"{type(error).__name__}: {error}"
+        write_index(ENDS)
         print(_error(line), file=sys.stderr)
         return code
+    if index := write_index(ENDS):
+        _log.info("the runs compared: %s", index)
     return ENDS.worst()
 
 
@@ -134,6 +138,9 @@ def _job(config: DictConfig, typed: list[str]) -> JobEnd:
     plain = [re.sub(r"\\(.)", r"\1", str(override)) for override in overrides]
     varied = [override for override in plain if override.lower() not in as_typed]
     name = (",".join(varied) or str(number)) if sweep else ""
+    place = {}
+    if sweep and not config.plan:
+        place = {"folder": str(settings.runtime.output_dir), "sweep": str(Path(settings.sweep.dir).absolute())}
     if sweep:
         _log.info("job %s", name)
         _folder[:] = [Path(settings.sweep.dir).absolute()]
@@ -142,13 +149,13 @@ def _job(config: DictConfig, typed: list[str]) -> JobEnd:
         _run_job(config, settings)
     except UserError as error:
         check()
-        return JobEnd(number, USER_ERROR, _error(str(error), name))
+        return JobEnd(number, USER_ERROR, _error(str(error), name), **place)
     except Exception as error:
         check()
         details = Path(settings.runtime.output_dir) / "run.log"
         where = f"; details in {details}" if details.exists() else ""
-        return JobEnd(number, FAILED, _error(f"{type(error).__name__}: {error}{where}", name))
-    return JobEnd(number, DONE)
+        return JobEnd(number, FAILED, _error(f"{type(error).__name__}: {error}{where}", name), **place)
+    return JobEnd(number, DONE, **place)
 
 
 def _run_job(config: DictConfig, settings: Any) -> None:

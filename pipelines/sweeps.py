@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobEnd:
-    """How a job ended: its exit code, and the line to tell if it failed."""
+    """How a job ended: its exit code, the line to tell if it failed; in a sweep, its folder and the sweep's."""
 
     number: int
     code: int
     line: str = ""
+    folder: str = ""
+    sweep: str = ""
 
 
 @dataclass
@@ -30,12 +32,19 @@ class Ends:
     """How the jobs of this command ended; Hydra itself does not hand that on."""
 
     codes: dict[int, int] = field(default_factory=dict)
+    jobs: list[JobEnd] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget the jobs of an earlier command."""
+        self.codes.clear()
+        self.jobs.clear()
 
     def note(self, end: JobEnd) -> None:
         """Keep a job's exit code and, the first time, tell its line."""
         if end.number not in self.codes and end.line:
             print(end.line, file=sys.stderr)
         self.codes[end.number] = end.code
+        self.jobs.append(end)
 
     def worst(self) -> int:
         """Return the exit code of the command: 1 if any job failed, else the greatest."""
@@ -46,6 +55,28 @@ ENDS = Ends()
 
 STOP_SECONDS = 30.0
 """What the runs of a sweep have to end after an interrupt, with workers of theirs to stop."""
+
+
+def write_index(ends: Ends) -> Path | None:
+    """Write `index.html`, which compares the runs of a sweep, beside them; return where, None if there was no sweep.
+
+    It shows all runs in the sweep's folder, also those of earlier commands. That it can't be written is no failure.
+    """
+    sweeps = {end.sweep for end in ends.jobs if end.sweep}
+    written = None
+    for sweep in sorted(sweeps):
+        from spray.report.index import read_runs, render_index
+        from spray.storage import write_text
+
+        lines = {Path(end.folder).name: end.line for end in ends.jobs if end.line and end.sweep == sweep}
+        try:
+            runs = read_runs(Path(sweep), lines)
+            write_text(Path(sweep) / "index.html", render_index(Path(sweep), runs))
+        except Exception as error:
+            print(f"spray: no comparison of the runs: {type(error).__name__}: {error}", file=sys.stderr)
+        else:
+            written = Path(sweep) / "index.html"
+    return written
 
 
 class Arrival:

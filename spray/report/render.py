@@ -45,7 +45,7 @@ def render(data: ReportData) -> str:
     lists = [_sample_list(artifact) for artifact in data.found]
     taken = sum(map(len, tiles.values())) + sum(len(name) + 12 for part in lists for name in part["names"])
     made = environment()
-    made.filters["triptych"] = lambda tile: tiles[id(tile)]
+    made.filters["strip"] = lambda tile: tiles[id(tile)]
     page = made.get_template("report.html.j2").render(
         data=data,
         matches=[(truth, match_truth(truth, data.found)) for truth in data.truths],
@@ -91,6 +91,7 @@ def environment() -> Environment:
         made.filters[name] = getattr(words, name)
     for name in ("model_name", "model_role", "verdict_name", "verdict_meaning"):
         made.filters[name] = getattr(words, name)
+    made.filters["strip"] = lambda tile: pictures.triptych_uri(tile.image, tile.relevance, None)
     made.filters["picture"] = pictures.picture_uri
     made.filters["is_small"] = lambda pixels: max(pixels.shape[-2:]) <= _SMALL
     return made
