@@ -77,11 +77,11 @@ def _carried(context: Context, finding: Finding) -> np.ndarray:
         return np.zeros(n, dtype=bool)
     rest = np.delete(finding.scores, finding.samples)
     threshold = (np.median(finding.scores[finding.samples]) + np.median(rest)) / 2
-    parts = [finding.artifact.score(context.test.batch(part)) for part in batches(n, 1024)]
+    parts = [finding.artifact.score(context.test.batch(part)) for part in batches(n, 256)]
     return torch.cat(parts).numpy() > threshold
 
 
-def measure(context: Context, model: nn.Module, logits: Tensor, attack: Attack) -> dict[str, Any]:
+def measure(context: Context, model: nn.Module, logits: Tensor, attack: Attack) -> tuple[dict[str, Any], np.ndarray]:
     """Return what an artifact does to a model, with 95 % intervals.
 
     Parameters
@@ -100,17 +100,20 @@ def measure(context: Context, model: nn.Module, logits: Tensor, attack: Attack) 
     dict
         What `attack_metrics`, `group_metrics` and `tcav_metrics` return; and `unattacked_accuracy`, that on the same
         images as `attacked_accuracy`, without the artifact.
+    ndarray of bool
+        (N,): which test images are classified right with the artifact.
     """
     labels = np.asarray(context.test.labels)
     others = np.ones(len(labels), dtype=bool) if attack.class_index is None else labels != attack.class_index
     attacked, inside = _attacked(context, model, attack, np.flatnonzero(others))
     right = [part.argmax(dim=1).numpy() == labels for part in (logits, attacked)]
-    return {
+    facts = {
         **attack_metrics(attacked[others], labels[others], attack.class_index, inside),
         **accuracy("unattacked_accuracy", logits[others], labels[others]),
         **group_metrics(_groups(labels, right[0], right[1], attack.carried)),
         **tcav_metrics(_derivatives(context, model, attack)),
     }
+    return facts, right[1]
 
 
 NOTHING: dict[str, Any] = dict.fromkeys(

@@ -8,24 +8,20 @@ corrections. As every stage skips what is up to date, a run that was stopped in 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from spray.correction.base import CONTROL, Finding
+from spray.correction.base import CONTROL
 from spray.correction.choice import costs
 from spray.pipelines.context import Context
 from spray.pipelines.isolated import load_findings
-from spray.pipelines.measures import Attack, isolated
 from spray.pipelines.recheck import GONE, LEFT, recheck
 from spray.storage import read_json
-from spray.training import batches
-from spray.verification import accuracy
+from spray.verification import share_of
 
 FOLDER = "rounds"
 LOOK = ("train", "attribute", "analyze", "rank", "isolate")
@@ -56,7 +52,28 @@ class Again:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def choose(context: Context, findings: Sequence[Finding], methods: Sequence[str]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Hits:
+    """Which of the N test images a model classifies right.
+
+    Attributes
+    ----------
+    clean : ndarray of bool
+        (N,): as they are.
+    attacked : sequence of tuple
+        For each isolated artifact which images are of other classes, bool (N,), and which are right with it, bool (N,).
+    """
+
+    clean: np.ndarray
+    attacked: Sequence[tuple[np.ndarray, np.ndarray]]
+
+    def attacked_accuracy(self, part: np.ndarray) -> float:
+        """Return the accuracy with an artifact on some of the images, bool (N,): the mean over artifacts."""
+        shares = [float(right[others & part].mean()) for others, right in self.attacked if (others & part).any()]
+        return float(np.mean(shares)) if shares else 0.0
+
+
+def choose(labels: np.ndarray, hits: Mapping[str, Hits], seed: int, max_loss: float) -> dict[str, Any]:
     """Choose the best correction on one half of the test images, without any truth about the artifacts.
 
     No correction has seen a test image. The numbers of the choice are too good for the one that is chosen, so its
@@ -64,37 +81,29 @@ def choose(context: Context, findings: Sequence[Finding], methods: Sequence[str]
 
     Parameters
     ----------
-    context : Context
-        The run.
-    findings : sequence of Finding
-        Its proven artifacts.
-    methods : sequence of str
-        The corrections that were made.
+    labels : ndarray of int
+        (N,), of the test images.
+    hits : mapping
+        What each model does, by its name: `original` and the corrections.
+    seed : int
+        Decides which half.
+    max_loss : float
+        By how much the clean accuracy may fall.
 
     Returns
     -------
-    dict or None
-        `method`, `why`, `within_limit`, `tried` (each model's clean and attacked accuracy on the half) and
-        `other_half`; None where nothing was corrected.
+    dict
+        `method`, `why`, `within_limit`, `n` images, `tried` (each model's clean and attacked accuracy on them) and
+        `other_half`, what the one that is chosen does on the others.
     """
-    if not methods or not findings:
-        return None
-    labels = np.asarray(context.test.labels)
-    half = _half(labels, context.config.seed)
-    attacks = [isolated(context, finding) for finding in findings]
-    right, tried = {}, {}
-    for name in ["original", *methods]:
-        model = context.model if name == "original" else context.load_model(corrected(context.run_dir, name))
-        right[name] = _right(context, model, attacks)
-        clean, attacked = right[name][0], right[name][1:]
-        tried[name] = {
-            "clean_accuracy": float(clean[half].mean()),
-            "attacked_accuracy": float(np.mean([part[half[others]].mean() for others, part in attacked])),
-        }
-    reference = right["original"][0][half]
-    max_loss = context.config.correction.max_loss
+    half = half_of(np.asarray(labels), seed)
+    reference, methods = hits["original"], [name for name in hits if name != "original"]
+    tried: dict[str, Any] = {
+        name: {"clean_accuracy": float(hit.clean[half].mean()), "attacked_accuracy": hit.attacked_accuracy(half)}
+        for name, hit in hits.items()
+    }
     for name in methods:
-        tried[name]["allowed"] = not costs(reference, right[name][0][half], max_loss)
+        tried[name]["allowed"] = not costs(reference.clean[half], hits[name].clean[half], max_loss)
     allowed = [name for name in methods if tried[name]["allowed"]]
     # Where two are equal the control is not the one that is wanted.
     best = (
@@ -108,8 +117,24 @@ def choose(context: Context, findings: Sequence[Finding], methods: Sequence[str]
         "within_limit": bool(allowed),
         "n": int(half.sum()),
         "tried": tried,
-        "other_half": _other_half(right[best], half),
+        "other_half": _accuracies(hits[best], ~half),
     }
+
+
+def half_of(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return one half of the images, bool (N,): half of each class, the larger one of an odd number."""
+    order = np.random.default_rng([seed, 61]).permutation(len(labels))
+    half = np.zeros(len(labels), dtype=bool)
+    for c in np.unique(labels):
+        members = order[labels[order] == c]
+        half[members[: -(-len(members) // 2)]] = True
+    return half
+
+
+def _accuracies(hits: Hits, part: np.ndarray) -> dict[str, Any]:
+    """Return accuracies with intervals on some of the images; the attacked one of all artifacts together."""
+    attacked = [right[others & part] for others, right in hits.attacked]
+    return share_of("clean_accuracy", hits.clean[part]) | share_of("attacked_accuracy", np.concatenate(attacked))
 
 
 def look_again(context: Context, chosen: dict[str, Any] | None) -> Again:
@@ -162,41 +187,6 @@ def look_again(context: Context, chosen: dict[str, Any] | None) -> Again:
 def corrected(run_dir: Path, method: str) -> Path:
     """Return where a round's corrected weights are."""
     return run_dir / "corrected" / f"{method}.pt"
-
-
-def _half(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return which test images the choice is made on, bool (N,): half of each class."""
-    order = np.random.default_rng([seed, 61]).permutation(len(labels))
-    half = np.zeros(len(labels), dtype=bool)
-    for c in np.unique(labels):
-        members = order[labels[order] == c]
-        half[members[: -(-len(members) // 2)]] = True
-    return half
-
-
-def _right(context: Context, model: nn.Module, attacks: Sequence[Attack]) -> list[Any]:
-    """Return which test images are classified right, (N,), and for each artifact which others (N,) and their hits."""
-    labels = np.asarray(context.test.labels)
-    found: list[Any] = [context.predict(model, context.test).argmax(dim=1).numpy() == labels]
-    for attack in attacks:
-        others = np.flatnonzero(labels != attack.class_index)
-        logits = [
-            context.predict_pixels(model, attack.add(context.test.batch(others[part]), others[part])[0])
-            for part in batches(len(others), context.batch_size)
-        ]
-        found.append((others, torch.cat(logits).argmax(dim=1).numpy() == labels[others]))
-    return found
-
-
-def _other_half(right: list[Any], half: np.ndarray) -> dict[str, Any]:
-    """Return accuracies with intervals on the test images that the choice did not see; attacked, all artifacts."""
-    clean = right[0][~half]
-    attacked = np.concatenate([part[~half[others]] for others, part in right[1:]])
-    said: dict[str, Any] = {}
-    for name, hits in (("clean_accuracy", clean), ("attacked_accuracy", attacked)):
-        # As logits of two classes, right and wrong.
-        said |= accuracy(name, torch.from_numpy(np.stack([~hits, hits], axis=1)).float(), np.ones(len(hits), dtype=int))
-    return said
 
 
 def _round_context(context: Context, weights: Path, number: int) -> Context:

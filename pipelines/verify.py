@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from spray.pipelines.ceiling import CEILING, train_ceiling
 from spray.pipelines.context import Context
 from spray.pipelines.isolated import load_findings
 from spray.pipelines.measures import NOTHING, Attack, isolated, measure, planted
-from spray.pipelines.rounds import choose, look_again
+from spray.pipelines.rounds import Hits, choose, corrected, look_again
 from spray.pipelines.stage import Stage
 from spray.storage import read_json, write_json
 from spray.verification import accuracy, clean_metrics
@@ -21,27 +23,30 @@ from spray.verification import accuracy, clean_metrics
 
 def run(context: Context) -> dict[str, Any]:
     """Write `verification.json`. Here, for the first time, the truth about a planted artifact is looked at."""
-    findings = load_findings(context.run_dir)
-    methods = _corrected(context)
-    # The corrections' choice and what is left of the artifacts come first: they know nothing of the truth.
-    chosen = choose(context, [finding for _, finding in findings], methods)
-    again = look_again(context, chosen)
-    attacks = {name: isolated(context, finding) for name, finding in findings}
+    attacks = {name: isolated(context, finding) for name, finding in load_findings(context.run_dir)}
     plants = _planted_here(context)
-    folders = {name: context.run_dir / "corrected" / f"{name}.pt" for name in methods} | again.models
-    if ceiling := train_ceiling(context):
-        folders[CEILING] = ceiling
-    models = {}
-    names = ["original", *folders]
-    for name in context.progress(names, len(names), "models verified"):
-        model = context.model if name == "original" else context.load_model(folders[name])
-        models[name] = _verified(context, model, attacks, plants)
-        context.log.info("%s: %s", name, _line(models[name]))
-    write_json(context.run_dir / "verification.json", {"models": models, "chosen": chosen, **again.facts})
-    return {"models": names, "artifacts": list(attacks), **again.summary}
+    rows: dict[str, dict[str, Any]] = {}
+    hits: dict[str, Hits] = {}
+
+    def verify(weights: Mapping[str, Path]) -> None:
+        for name in context.progress(weights, len(weights), "models verified"):
+            model = context.model if name == "original" else context.load_model(weights[name])
+            rows[name], hits[name] = _verified(context, model, attacks, plants)
+            context.log.info("%s: %s", name, _line(rows[name]))
+
+    made = {name: corrected(context.run_dir, name) for name in _methods(context)}
+    verify({"original": context.run_dir / "model.pt"} | made)
+    # The choice knows nothing of the truth.
+    options = context.config
+    chosen = choose(context.test.labels, hits, options.seed, options.correction.max_loss) if made and attacks else None
+    again = look_again(context, chosen)
+    ceiling = train_ceiling(context)
+    verify(again.models | ({CEILING: ceiling} if ceiling else {}))
+    write_json(context.run_dir / "verification.json", {"models": rows, "chosen": chosen, **again.facts})
+    return {"models": list(rows), "artifacts": list(attacks), **again.summary}
 
 
-def _corrected(context: Context) -> list[str]:
+def _methods(context: Context) -> list[str]:
     """Return the corrected models that the stage before made."""
     return list(read_json(context.run_dir / "run.json")["stages"]["correct"].get("facts", {}).get("methods", []))
 
@@ -51,16 +56,19 @@ def _verified(
     model: nn.Module,
     attacks: dict[str, Attack],
     plants: list[tuple[dict[str, Any], Plant]],
-) -> dict[str, Any]:
-    """Return what `verification.json` says of a model."""
+) -> tuple[dict[str, Any], Hits]:
+    """Return what `verification.json` says of a model, and which test images it classifies right."""
+    labels = np.asarray(context.test.labels)
     logits = context.predict(model, context.test)
-    clean = clean_metrics(logits, context.test.labels)
-    artifacts = {key: clean | measure(context, model, logits, attack) for key, attack in attacks.items()}
+    clean = clean_metrics(logits, labels)
+    measured = {key: measure(context, model, logits, attack) for key, attack in attacks.items()}
+    artifacts = {key: clean | facts for key, (facts, _) in measured.items()}
+    attacked = [(labels != attacks[key].class_index, right) for key, (_, right) in measured.items()]
     row = next(iter(artifacts.values()), clean | NOTHING) | {"artifacts": artifacts}
     if plants:
         effects = {truth["id"]: clean | _effect(context, model, logits, truth, plant) for truth, plant in plants}
         row["planted"] = next(iter(effects.values())) | {"plants": effects}
-    return row
+    return row, Hits(logits.argmax(dim=1).numpy() == labels, attacked)
 
 
 def _planted_here(context: Context) -> list[tuple[dict[str, Any], Plant]]:
@@ -74,7 +82,7 @@ def _effect(context: Context, model: nn.Module, logits: Tensor, row: dict[str, A
     """Return what a planted artifact, or another bias, does to a model whose logits of the test images are given."""
     if plant.is_drawn:
         attack = planted(context, plant, np.asarray(row["samples"], dtype=np.int64))
-        return measure(context, model, logits, attack)
+        return measure(context, model, logits, attack)[0]
     # There is nothing to add to an image.
     effect = dict(NOTHING)
     if "test_samples" in row:

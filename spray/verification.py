@@ -159,6 +159,11 @@ def accuracy(name: str, logits: Tensor, labels: np.ndarray) -> dict[str, Any]:
     return _share(name, int((logits.argmax(dim=1).numpy() == labels).sum()), len(labels))
 
 
+def share_of(name: str, hits: np.ndarray) -> dict[str, Any]:
+    """Return the share of truth values (n,) that are true, with its 95 % interval, as `name`."""
+    return _share(name, int(hits.sum()), len(hits))
+
+
 def relevance_inside(relevance: Tensor, mask: Tensor) -> Tensor:
     """Return R_bias = Σ|R·M| / Σ|R| of each map.
 

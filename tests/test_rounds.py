@@ -17,7 +17,7 @@ import pytest
 import small
 import torch
 
-from spray.pipelines import rank, recheck, rounds
+from spray.pipelines import recheck, rounds
 from spray.pipelines.context import Context
 
 CLASSES = ("coffee", "skin", "stone")
@@ -254,7 +254,58 @@ def test_a_cluster_stands_out_if_it_is_significant_or_as_separable_as_before() -
 
 def test_the_half_has_half_of_each_class() -> None:
     labels = np.array([0] * 10 + [1] * 7 + [2])
-    half = rounds._half(labels, 0)
+    half = rounds.half_of(labels, 0)
     assert [int(half[labels == c].sum()) for c in range(3)] == [5, 4, 1]
-    assert not np.array_equal(half, rounds._half(labels, 1))
-    assert rank.STAGE.name == "rank"
+    assert not np.array_equal(half, rounds.half_of(labels, 1))
+
+
+def hits(labels: np.ndarray, clean: float, attacked: float, seed: int) -> rounds.Hits:
+    rng = np.random.default_rng(seed)
+    others = labels != 1
+    return rounds.Hits(rng.random(len(labels)) < clean, [(others, rng.random(len(labels)) < attacked)])
+
+
+def test_the_best_of_those_that_cost_nothing_is_chosen() -> None:
+    labels = np.arange(4000) % 4
+    models = {
+        "original": hits(labels, 0.9, 0.2, 0),
+        "fine_tuned": hits(labels, 0.9, 0.4, 1),
+        "a_clarc": hits(labels, 0.9, 0.8, 2),
+        "costly": hits(labels, 0.7, 0.88, 3),
+    }
+    chosen = rounds.choose(labels, models, 0, 0.005)
+    assert (chosen["method"], chosen["within_limit"]) == ("a_clarc", True)
+    half = rounds.half_of(labels, 0)
+    for name, row in chosen["tried"].items():
+        right = models[name].attacked[0][1]
+        assert row["clean_accuracy"] == sum(models[name].clean[half].tolist()) / half.sum()
+        seen = [bool(right[i]) for i in range(len(labels)) if half[i] and labels[i] != 1]
+        assert row["attacked_accuracy"] == pytest.approx(sum(seen) / len(seen))
+    rest = [bool(models["a_clarc"].attacked[0][1][i]) for i in range(len(labels)) if not half[i] and labels[i] != 1]
+    assert chosen["other_half"]["attacked_accuracy"] == pytest.approx(sum(rest) / len(rest))
+    low, high = chosen["other_half"]["attacked_accuracy_interval"]
+    assert low < chosen["other_half"]["attacked_accuracy"] < high
+
+
+def test_what_the_other_half_shows_has_no_say() -> None:
+    labels = np.arange(4000) % 4
+    models = {"original": hits(labels, 0.9, 0.2, 0), "one": hits(labels, 0.9, 0.6, 1), "two": hits(labels, 0.9, 0.5, 2)}
+    half = rounds.half_of(labels, 0)
+    models["two"].attacked[0][1][~half] = True
+    assert rounds.choose(labels, models, 0, 0.005)["method"] == "one"
+    models["two"].attacked[0][1][half] = True
+    assert rounds.choose(labels, models, 0, 0.005)["method"] == "two"
+
+
+def test_where_all_cost_clean_accuracy_the_cheapest_is_chosen_and_said_to_be_too_dear() -> None:
+    labels = np.arange(4000) % 4
+    models = {"original": hits(labels, 0.9, 0.2, 0), "a": hits(labels, 0.7, 0.9, 1), "b": hits(labels, 0.8, 0.3, 2)}
+    chosen = rounds.choose(labels, models, 0, 0.005)
+    assert (chosen["method"], chosen["within_limit"]) == ("b", False)
+    assert "costs least" in chosen["why"]
+
+
+def test_between_equals_the_control_is_not_chosen() -> None:
+    labels = np.arange(400) % 4
+    same = hits(labels, 0.9, 0.5, 1)
+    assert rounds.choose(labels, {"original": same, "fine_tuned": same, "dfr": same}, 0, 0.005)["method"] == "dfr"
