@@ -1,0 +1,313 @@
+"""The report in a real browser, over file://: nothing is requested, names stay inert, plots and downloads work."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import browser
+import numpy as np
+import pytest
+import test_report as pages
+
+from spray.report import render
+
+pytestmark = [browser.needed, pytest.mark.slow]
+
+LONG = "x" * 10_000
+NAMES = [pages.HOSTILE, f"{LONG}.png", 'a,"b"\nc.png', "=1+1", "עברית/تجربة 😀.png", "plain.png"]
+MARGIN = 22  # of the plot, in scatter.js
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.chromium() as started:
+        yield started
+
+
+def hostile() -> pages.ReportData:
+    """A report whose class and file names are what an attacker, or a careless person, would choose."""
+    data = pages.found(pages.HOSTILE, pages.HOSTILE)
+    plot = data.embeddings[0]
+    names = (*NAMES, *plot.names[len(NAMES) :])
+    found = dataclasses.replace(data.artifacts[0], sample_names=(*NAMES, *data.artifacts[0].sample_names[len(NAMES) :]))
+    other = dataclasses.replace(pages.embedding(LONG), class_index=4)
+    return dataclasses.replace(
+        data, artifacts=(found, *data.artifacts[1:]), embeddings=(dataclasses.replace(plot, names=names), other)
+    )
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("page") / "report #1 ü.html"
+    file.write_text(render(hostile()), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def seen(chromium, path):
+    with browser.opened(chromium, path, accept_downloads=True) as seen:
+        yield seen
+        seen.assert_quiet()
+
+
+def place(seen, point) -> tuple[float, float]:
+    """Return where in the window a point of the first plot is drawn."""
+    points = hostile().embeddings[0].points
+    low, high = points.min(axis=0), points.max(axis=0)
+    x, y = (np.asarray(point) - low) / (high - low)
+    canvas = seen.page.locator("canvas.scatter").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    # One pixel of border.
+    inner = box["width"] - 2, box["height"] - 2
+    return (
+        box["x"] + 1 + MARGIN + x * (inner[0] - 2 * MARGIN),
+        box["y"] + 1 + inner[1] - MARGIN - y * (inner[1] - 2 * MARGIN),
+    )
+
+
+def lasso(seen, low, high, **keys) -> None:
+    """Draw a rectangle around points between two corners, in the coordinates of the points."""
+    corners = [low, (high[0], low[1]), high, (low[0], high[1])]
+    mouse = seen.page.mouse
+    mouse.move(*place(seen, corners[0]))
+    mouse.down()
+    for corner in (*corners[1:], corners[0]):
+        mouse.move(*place(seen, corner), steps=4)
+    mouse.up()
+
+
+def inside(low, high) -> list[int]:
+    points = hostile().embeddings[0].points
+    return np.flatnonzero(((points > low) & (points < high)).all(axis=1)).tolist()
+
+
+def saved(seen, button) -> str:
+    with seen.page.expect_download() as download:
+        button.click()
+    return Path(download.value.path()).read_text(encoding="utf-8")
+
+
+def valid(name: str) -> str:
+    """Return a name as a page can hold it: what is no valid UTF-8 becomes the replacement character."""
+    return "".join("\ufffd" if 0xD800 <= ord(char) < 0xE000 else char for char in name)
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 820, 1280])
+def test_opens_quietly_at_every_width_and_nothing_sticks_out(chromium, path, width, scheme):
+    with browser.opened(chromium, path, width, color_scheme=scheme) as seen:
+        seen.page.wait_for_timeout(200)
+        seen.page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
+        seen.page.wait_for_timeout(300)
+        assert seen.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        assert "owned" not in seen.page.title()
+        assert seen.page.locator("img[src='x']").count() == 0
+        assert seen.page.locator("canvas.scatter").first.evaluate("c => c.width") > 200
+        ink, paper = (
+            seen.page.evaluate(f"getComputedStyle(document.body).{name}").strip("rgb()").split(",")
+            for name in ("color", "backgroundColor")
+        )
+        assert (int(ink[0]) > int(paper[0])) == (scheme == "dark")
+        pictures = seen.page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert pictures
+        seen.assert_quiet()
+
+
+def test_pointing_at_a_sample_shows_its_own_thumbnail(seen):
+    plot = hostile().embeddings[0]
+    # One that stands alone, so that no other is nearer.
+    distances = np.linalg.norm(plot.points[:, None] - plot.points[None], axis=-1) + 9.0 * np.eye(len(plot.points))
+    alone = int(distances.min(axis=1).argmax())
+    tip = seen.page.locator(".tip").first
+    assert tip.is_hidden()
+    seen.page.mouse.move(*place(seen, plot.points[alone]))
+    assert tip.is_visible()
+    assert tip.locator("bdi").inner_text() == plot.names[alone]
+    assert f"sample {plot.indices[alone]}, cluster {plot.clusters[alone]}" in tip.locator("span").inner_text()
+    seen.page.wait_for_timeout(200)
+    drawn = tip.locator("canvas").evaluate(
+        "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].concat([c.width, c.height])"
+    )
+    width, height = drawn[-2:]
+    pixels = np.array(drawn[:-2]).reshape(height, width, 4)[..., :3]
+    own = plot.thumbnails[alone].astype(float)
+    assert pixels.shape == own.shape
+    # The picture is compressed; another sample's would be off by much more.
+    assert np.abs(pixels - own).mean() < 12 < np.abs(pixels - plot.thumbnails[alone - 1].astype(float)).mean()
+    seen.page.mouse.move(5, 5)
+    assert tip.is_hidden()
+
+
+def test_lasso_selects_and_the_selection_is_saved(seen):
+    plot = hostile().embeddings[0]
+    low, high = (2.2, 0.0), (4.4, 2.1)
+    expected = inside(low, high)
+    assert 10 < len(expected) < len(plot.names)
+    lasso(seen, low, high)
+    status = seen.page.locator(".selection [role=status]").first
+    carrying = int(plot.members[expected].sum())
+    assert (
+        status.inner_text()
+        == f"{len(expected)} samples of {len(plot.names)} selected, {carrying} of them with the artifact"
+    )
+    assert seen.page.locator(".thumbs").first.locator("canvas").count() == 24
+    rows = rows_of(saved(seen, seen.page.locator("[data-do=csv]").first))
+    assert [int(row["sample_index"]) for row in rows] == plot.indices[expected].tolist()
+    assert [row["name"] for row in rows] == [valid(plot.names[i]) for i in expected]
+    assert [int(row["cluster: kmeans-04"]) for row in rows] == plot.clusters[expected].tolist()
+    assert [int(row["artifact"]) for row in rows] == plot.members[expected].astype(int).tolist()
+    scores = plot.scores["artifact score of a1"][expected]
+    assert [float(row["artifact score of a1"]) for row in rows] == pytest.approx(scores.tolist(), rel=1e-5)
+    as_json = json.loads(saved(seen, seen.page.locator("[data-do=json]").first))
+    assert [row["sample_index"] for row in as_json] == [int(row["sample_index"]) for row in rows]
+    seen.page.locator("[data-do=clear]").first.click()
+    assert "No sample selected" in status.inner_text()
+    assert seen.page.locator("[data-do=csv]").first.is_disabled()
+
+
+def test_shift_adds_to_the_selection(seen):
+    first, second = inside((-1.0, -1.0), (1.0, 1.0)), inside((3.0, 3.0), (5.5, 5.5))
+    lasso(seen, (-1.0, -1.0), (1.0, 1.0))
+    seen.page.keyboard.down("Shift")
+    lasso(seen, (3.0, 3.0), (5.5, 5.5))
+    seen.page.keyboard.up("Shift")
+    said = seen.page.locator(".selection [role=status]").first.inner_text()
+    assert said.startswith(f"{len(first) + len(second)} samples")
+
+
+def test_hostile_names_are_saved_as_they_are(seen):
+    seen.page.locator("[data-do=shown]").first.click()
+    rows = rows_of(saved(seen, seen.page.locator("[data-do=csv]").first))
+    assert [row["name"] for row in rows[: len(NAMES)]] == [valid(name) for name in NAMES]
+
+
+def test_samples_of_an_artifact_are_saved(seen):
+    found = hostile().artifacts[0]
+    rows = rows_of(saved(seen, seen.page.locator("button[data-format=csv]").first))
+    assert [int(row["sample_index"]) for row in rows] == list(found.samples)
+    assert [row["name"] for row in rows] == [valid(name) for name in found.sample_names]
+    as_json = json.loads(saved(seen, seen.page.locator("button[data-format=json]").first))
+    assert [row["sample_index"] for row in as_json] == list(found.samples)
+
+
+def test_everything_works_with_the_keyboard_alone(seen):
+    page, plot = seen.page, hostile().embeddings[0]
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('canvas.scatter')"):
+            break
+    assert page.evaluate("document.activeElement.matches('canvas.scatter')")
+    said, status = page.locator("[data-role=said]").first, page.locator(".selection [role=status]").first
+    page.keyboard.press("ArrowRight")
+    before = said.inner_text()
+    assert "sample " in before
+    page.keyboard.press("ArrowRight")
+    assert said.inner_text() != before
+    page.keyboard.press("Enter")
+    assert status.inner_text().startswith("1 sample of")
+    page.keyboard.press("+")
+    assert status.inner_text().startswith("6 samples")
+    page.keyboard.press("Enter")
+    assert status.inner_text().startswith("5 samples")
+    page.keyboard.press("a")
+    assert status.inner_text().startswith(f"{len(plot.names)} samples")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    assert "No sample selected" in status.inner_text()
+    # From the plot on with Tab: a group of the legend, then all that are shown, then the file.
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.dataset.do") == "shown":
+            break
+    page.keyboard.press("Enter")
+    size = int((plot.clusters == 0).sum())
+    assert status.inner_text().startswith(f"{size} samples")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    assert len(rows_of(Path(download.value.path()).read_text(encoding="utf-8"))) == size
+
+
+def test_points_are_coloured_by_cluster_score_or_prediction(seen):
+    panel = seen.page.locator(".panel").first
+    choice, legend = panel.locator("select"), panel.locator(".legend")
+    offered = choice.locator("option").all_inner_texts()
+    assert offered == ["cluster: kmeans-04", "cluster: kmeans-02", "artifact score of a1", "prediction"]
+    looks = []
+    for name in offered:
+        choice.select_option(label=name)
+        looks.append((legend.inner_text(), panel.locator("canvas.scatter").evaluate("c => c.toDataURL()")))
+    assert len({text for text, _ in looks}) == len({picture for _, picture in looks}) == len(offered)
+    plot = hostile().embeddings[0]
+    wrong = int((plot.predictions == 5).sum())
+    assert f"predicted class 5 · {wrong}" in looks[3][0]
+    assert f"artifact · {plot.members.sum()}" in looks[2][0]
+
+
+def test_other_classes_open_when_asked(seen):
+    second = seen.page.locator(".panel").nth(1)
+    assert not second.locator("canvas.scatter").is_visible()
+    second.locator("summary").first.click()
+    seen.page.wait_for_timeout(200)
+    assert second.locator(".legend button").count() > 2
+
+
+def test_print_is_light_and_without_controls(chromium, path):
+    with browser.opened(chromium, path, color_scheme="dark") as seen:
+        seen.page.wait_for_timeout(200)
+        seen.page.emulate_media(media="print", color_scheme="dark")
+        assert seen.page.locator(".toolbar").first.is_hidden()
+        assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(252, 251, 248)"
+        assert len(seen.page.pdf(format="A4")) > 50_000
+        seen.assert_quiet()
+
+
+def test_without_its_script_everything_but_the_plots_is_there(chromium, path):
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    assert "Backdoor" in page.locator("h1").inner_text()
+    assert "switched off" in page.locator("noscript").first.inner_text()
+    context.close()
+
+
+def test_policy_stops_what_is_put_into_the_page(chromium, path, tmp_path):
+    """Were a name to slip through, the page's policy would be the second wall."""
+    changed = tmp_path / "changed.html"
+    put = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><main>"
+    changed.write_text(path.read_text(encoding="utf-8").replace("<main>", put, 1), encoding="utf-8")
+    with browser.opened(chromium, changed) as seen:
+        seen.page.wait_for_timeout(200)
+        assert seen.page.title() != "owned"
+        assert any("Content Security Policy" in error for error in seen.errors)
+
+
+def test_sprite_of_a_class_holds_its_thumbnails_in_order(path):
+    """What the script cuts out of the picture: tile i is thumbnail i."""
+    from PIL import Image
+
+    from spray.report.pictures import sprite
+
+    thumbnails = np.zeros((7, 16, 12, 3), np.uint8)
+    thumbnails += (30 * np.arange(7, dtype=np.uint8))[:, None, None, None]
+    uri, columns, width, height = sprite(thumbnails, size=8, quality=90)
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
+    assert (columns, width, height) == (3, 6, 8)
+    for i in range(7):
+        row, column = divmod(i, columns)
+        part = sheet[row * height : (row + 1) * height, column * width : (column + 1) * width]
+        assert abs(part.mean() - 30 * i) < 6
