@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from spray.figures import fitted
-from spray.isolation.candidate import Artifact, isolate, otsu, scores
-from spray.isolation.causal import Effect, holm, test_effect, verdict
+from spray.isolation.causal import holm, verdict
 from spray.pipelines.context import Context
+from spray.pipelines.explaining import Candidate, Explainer, trial_row
 from spray.pipelines.isolated import save_artifact
 from spray.pipelines.pictures import artifact_pictures
 from spray.pipelines.stage import Stage
@@ -21,29 +19,17 @@ from spray.storage import read_json, write_bytes, write_json, write_text
 from spray.store import open_attributions
 from spray.store.analyses import open_analysis
 from spray.store.reading import Rows
-from spray.training import batches
 
-FEWEST = 4
-"""Fewest samples that an artifact is isolated from."""
-
-
-@dataclass
-class Candidate:
-    """An isolated candidate and what was measured on it."""
-
-    class_index: int
-    cluster: str
-    artifact: Artifact
-    samples: np.ndarray
-    effect: Effect
-    verdict: str = "no_effect"
-    p_value: float = 1.0
-    removal_p_value: float = 1.0
-
-    @property
-    def strength(self) -> tuple[bool, float]:
-        """What candidates are ordered by: a verdict first, then by how much more they flip than the control."""
-        return self.verdict != "no_effect", self.effect.flip_rate - self.effect.control_flip_rate
+MORE = (
+    "flip_rate_interval",
+    "control_flip_rate_interval",
+    "effect_interval",
+    "logit_gain_interval",
+    "removal_cost_interval",
+    "elsewhere_flip_rate",
+    "removal_cost_elsewhere",
+)
+"""What else of an effect is written, under its own names."""
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -52,15 +38,18 @@ def run(context: Context) -> dict[str, Any]:
     candidates = []
     shape = (len(context.train), None, None, None)
     with open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions:
+        explainer = Explainer(context, attributions.attribution)
         for row, members in context.progress(clusters, len(clusters), "candidates isolated"):
-            candidate = _isolate(context, attributions.attribution, row, members)
+            candidate = explainer.explain(row["cluster"], row["class_index"], members)
             if candidate is not None:
                 candidates.append(candidate)
         _judge(candidates)
         candidates = _distinct(sorted(candidates, key=lambda c: c.strength, reverse=True))
         rows = []
-        for number, candidate in enumerate(candidates, start=1):
-            rows.append(_write(context, attributions.attribution, f"a{number:02d}", candidate))
+        for number, (candidate, scores) in enumerate(
+            zip(candidates, explainer.scores(candidates), strict=True), start=1
+        ):
+            rows.append(_write(context, attributions.attribution, f"a{number:02d}", candidate, scores))
     write_json(context.run_dir / "artifacts.json", {"artifacts": rows})
     found = [row for row in rows if row["verdict"] != "no_effect"]
     for row in found:
@@ -101,53 +90,17 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
     return chosen[: options.candidates]
 
 
-def _isolate(context: Context, relevance: Rows, row: dict[str, Any], members: np.ndarray) -> Candidate | None:
-    """Isolate one cluster's artifact, score all samples of its class, test its effect."""
-    options, c = context.config.isolate, row["class_index"]
-    rng = np.random.default_rng([context.config.seed, c, len(members)])
-    of_class = np.flatnonzero(context.train.labels == c)
-
-    def some(indices: np.ndarray) -> np.ndarray:
-        return np.sort(rng.permutation(indices)[: options.n_samples])
-
-    inside, outside = some(members), some(np.setdiff1d(of_class, members))
-    if len(inside) < FEWEST or len(outside) < FEWEST:
-        return None
-    artifact = isolate(
-        context.train.batch(inside),
-        _maps(context, relevance, inside),
-        context.train.batch(outside),
-        _maps(context, relevance, outside),
-    )
-    if artifact is None:
-        return None
-    matched = _scores(context, artifact, of_class)
-    carries = matched > otsu(torch.from_numpy(matched).clamp_min(0))
-    others = np.flatnonzero(context.test.labels != c)
-    effect = test_effect(
-        lambda pixels: context.predict_pixels(context.model, pixels),
-        artifact,
-        c,
-        context.test.batch(np.sort(rng.permutation(others)[: options.n_tested])),
-        context.train.batch(some(of_class[carries])),
-        context.train.batch(some(of_class[~carries])),
-        context.config.seed,
-    )
-    return Candidate(c, row["cluster"], artifact, of_class[carries], effect)
-
-
-def _maps(context: Context, relevance: Rows, indices: np.ndarray) -> torch.Tensor:
-    """Return heatmaps (n, H, W) of the images' size, however small and with however many channels they are stored."""
-    return torch.from_numpy(fitted(relevance[indices].astype(np.float32).sum(axis=1), context.train.image_shape[1:]))
-
-
 def _judge(candidates: list[Candidate]) -> None:
     """Set the verdicts, with p-values corrected for the number of candidates."""
     p_values = holm([candidate.effect.p_value for candidate in candidates])
     removal = holm([candidate.effect.removal_p_value for candidate in candidates])
-    for candidate, p_value, removal_p_value in zip(candidates, p_values, removal, strict=True):
+    biases = holm([candidate.bias.p_value for candidate in candidates])
+    for candidate, p_value, removal_p_value, bias in zip(candidates, p_values, removal, biases, strict=True):
         candidate.p_value, candidate.removal_p_value = float(p_value), float(removal_p_value)
-        candidate.verdict = verdict(candidate.effect, candidate.artifact.constant, p_value, removal_p_value)
+        candidate.bias = replace(candidate.bias, p_value=float(bias))
+        candidate.verdict = verdict(
+            candidate.effect, candidate.artifact.constant, p_value, removal_p_value, candidate.bias
+        )
 
 
 def _distinct(candidates: list[Candidate]) -> list[Candidate]:
@@ -169,14 +122,11 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     return both / union if union else 1.0
 
 
-def _scores(context: Context, artifact: Artifact, indices: np.ndarray) -> np.ndarray:
-    return scores(artifact, (context.train.batch(indices[part]) for part in batches(len(indices), 1024)))
-
-
-def _write(context: Context, relevance: Rows, name: str, candidate: Candidate) -> dict[str, Any]:
+def _write(
+    context: Context, relevance: Rows, name: str, candidate: Candidate, everywhere: np.ndarray
+) -> dict[str, Any]:
     """Write a candidate's folder and return its row of `artifacts.json`."""
     folder = context.run_dir / "artifacts" / name
-    everywhere = _scores(context, candidate.artifact, np.arange(len(context.train)))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["sample_index", "score"])
@@ -206,6 +156,11 @@ def _write(context: Context, relevance: Rows, name: str, candidate: Candidate) -
         "removal_p_value": candidate.removal_p_value,
         "constant_content": candidate.artifact.constant,
         "mask_share": float(candidate.artifact.mask.mean()),
+        "kind": candidate.artifact.kind,
+        "opacity": candidate.artifact.opacity,
+        **{key: effect[key] for key in MORE},
+        "sample_bias": asdict(candidate.bias),
+        "explanations": [trial_row(trial) for trial in candidate.trials],
     }
 
 

@@ -4,43 +4,41 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from spray.correction.base import Finding
-from spray.isolation.candidate import Artifact
+from spray.isolation import choice  # noqa: F401 - it registers all kinds of artifacts
+from spray.isolation.artifact import ARTIFACTS, Artifact
 from spray.storage import read_json, write_bytes
 
 
 def save_artifact(path: Path, artifact: Artifact) -> None:
-    """Write an artifact as an `.npz` file."""
+    """Write an artifact of any kind as an `.npz` file."""
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        mask=artifact.mask.numpy(),
-        pattern=artifact.pattern.numpy(),
-        shifts=artifact.shifts.numpy(),
-        scale=artifact.scale,
-        radius=artifact.radius,
-        constant=artifact.constant,
-    )
+    values = {field.name: getattr(artifact, field.name) for field in fields(artifact)}
+    arrays: dict[str, Any] = {
+        name: value.numpy() if isinstance(value, Tensor) else value for name, value in values.items()
+    }
+    np.savez_compressed(buffer, **(arrays | {"kind": artifact.kind}))
     write_bytes(path, buffer.getvalue())
 
 
 def load_artifact(path: Path) -> Artifact:
     """Read an artifact; nothing in the file can run code."""
     with np.load(path, allow_pickle=False) as file:
-        return Artifact(
-            mask=torch.from_numpy(file["mask"]),
-            pattern=torch.from_numpy(file["pattern"]),
-            shifts=torch.from_numpy(file["shifts"]),
-            scale=float(file["scale"]),
-            radius=int(file["radius"]),
-            constant=bool(file["constant"]),
-        )
+        kind = ARTIFACTS.get(str(file["kind"]) if "kind" in file else Artifact.kind)
+        types = get_type_hints(kind)
+        values: dict[str, Any] = {}
+        for field in fields(kind):
+            value = file[field.name]
+            values[field.name] = torch.from_numpy(value) if types[field.name] is Tensor else value.item()
+        return kind(**values)
 
 
 def load_scores(path: Path) -> np.ndarray:

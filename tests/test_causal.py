@@ -47,7 +47,7 @@ def effect(**changes: object) -> Effect:
         "donors": pictures([0.2] * 5, [0.4] * 5),
         "seed": 0,
     }
-    return causal.test_effect(**(parts | changes))
+    return causal.measure_effect(**(parts | changes))
 
 
 def test_rates_gains_and_costs_are_exactly_those_of_the_predictor() -> None:

@@ -1,6 +1,6 @@
 """From a cluster of heatmaps to the artifact that made it, and the causal test of its effect."""
 
 from spray.isolation.candidate import Artifact, isolate
-from spray.isolation.causal import Effect, test_effect, verdict
+from spray.isolation.causal import Effect, measure_effect, verdict
 
-__all__ = ["Artifact", "Effect", "isolate", "test_effect", "verdict"]
+__all__ = ["Artifact", "Effect", "isolate", "measure_effect", "verdict"]

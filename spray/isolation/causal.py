@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.stats import binomtest, mannwhitneyu
+from scipy.stats import binomtest, fisher_exact, mannwhitneyu
 from torch import Tensor
 
-from spray.isolation.candidate import Artifact
+from spray.isolation.artifact import Artifact
+from spray.isolation.matted import Donated
+from spray.isolation.removal import Reversible, elsewhere, filled, removed
+from spray.verification import wilson_interval
 
 LEVEL = 0.01
 """Level of the tests, after Holm's correction for all candidates."""
@@ -21,6 +24,12 @@ samples do not share the content: parts of images of one kind move predictions t
 
 TRIGGER = 0.5
 """Least flip rate of a backdoor: the artifact alone decides."""
+
+APART = 0.9
+"""Least area under the ROC curve by which samples are a kind of their own."""
+
+WORSE = 0.25
+"""Least difference of accuracies, of a kind of sample and the rest of its class, that is a bias."""
 
 Predictor = Callable[[Tensor], Tensor]
 """From pixels (n, C, H, W) to logits (n, classes)."""
@@ -47,6 +56,16 @@ class Effect:
         One-sided Mann-Whitney test of that.
     n : int
         Number of other classes' images tested; those predicted as the artifact's class beforehand are left out.
+    flip_rate_interval, control_flip_rate_interval : list of float
+        Their 95 % intervals (Wilson, 1927).
+    effect_interval, logit_gain_interval, removal_cost_interval : list of float
+        95 % intervals of the differences: quantiles of 2,000 bootstrap samples of the images; those of the first two
+        keep artifact and control of an image together.
+    elsewhere_flip_rate : float or None
+        The flip rate of the same content at other places; None where the artifact has no place of its own. It tells
+        whether the place matters, and is no condition of a verdict.
+    removal_cost_elsewhere : float or None
+        Mean fall of the class's logit when as much is in-painted elsewhere in the artifact's own samples.
     """
 
     flip_rate: float
@@ -56,9 +75,36 @@ class Effect:
     removal_cost: float
     removal_p_value: float
     n: int
+    flip_rate_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    control_flip_rate_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    effect_interval: list[float] = field(default_factory=lambda: [-1.0, 1.0])
+    logit_gain_interval: list[float] | None = None
+    removal_cost_interval: list[float] | None = None
+    elsewhere_flip_rate: float | None = None
+    removal_cost_elsewhere: float | None = None
 
 
-def test_effect(
+@dataclass(frozen=True)
+class SampleBias:
+    """How well the model does on the samples of a kind, against the others of their class.
+
+    Attributes
+    ----------
+    separation : float
+        Area under the ROC curve of the samples' score, each by a fit without it: 1 if it is a kind of its own.
+    accuracy, rest_accuracy : float
+        Of the model on these samples and on the rest.
+    p_value : float
+        Fisher's exact test, one-sided, of the model being right less often on the kind.
+    """
+
+    separation: float
+    accuracy: float
+    rest_accuracy: float
+    p_value: float
+
+
+def measure_effect(
     predict: Predictor,
     artifact: Artifact,
     target: int,
@@ -66,6 +112,7 @@ def test_effect(
     carriers: Tensor,
     donors: Tensor,
     seed: int,
+    controls: Sequence[Artifact] = (),
 ) -> Effect:
     """Add the artifact to other classes' images and replace it in its own, each against a control.
 
@@ -85,6 +132,9 @@ def test_effect(
         (k, C, H, W): images of the class that do not have it; the controls' content is theirs.
     seed : int
         Draws shifts and donors.
+    controls : sequence of Artifact
+        For an artifact that changes whole images: such changes as there are between other samples of the class. They
+        take the place of the donors' content.
 
     Returns
     -------
@@ -106,50 +156,120 @@ def test_effect(
         return predict(artifact.insert(others, draws, content))
 
     # Where the samples share the place but not the content, a median of it is nothing that any of them shows.
-    added = add(None if artifact.constant else content_of(carriers))
-    control = add(content_of(donors))
+    shows = artifact.constant or isinstance(artifact, Donated)
+    added = add(None if shows else content_of(carriers))
+    if controls:
+        parts = torch.empty_like(others)
+        for number, change in enumerate(controls):
+            mine = donor % len(controls) == number
+            parts[mine] = change.insert(others[mine], draws[mine])
+        control = predict(parts)
+    else:
+        control = add(content_of(donors))
     flips, control_flips = (logits.argmax(dim=1) == target for logits in (added, control))
     only = int((flips & ~control_flips).sum())
     discordant = int((flips ^ control_flips).sum())
-    cost = removal_cost(predict, artifact, target, carriers, donors, seed)
-    control_cost = removal_cost(predict, artifact, target, donors, donors, seed)
+    typical = donors.median(dim=0).values
+    cost = removal_cost(predict, artifact, target, carriers, typical)
+    control_cost = removal_cost(predict, artifact, target, donors, typical)
+    gains = (added - control)[:, target]
+    differences = flips.float() - control_flips.float()
+    moved = None
+    if artifact.bound_to_a_place and shows:
+        mask, pattern = artifact.placed(draws)
+        both = elsewhere(torch.cat([mask, pattern], dim=1), seed)
+        moved = predict(others + both[:, :1] * (both[:, 1:] - others)).argmax(dim=1) == target
     return Effect(
         flip_rate=float(flips.float().mean()),
         control_flip_rate=float(control_flips.float().mean()),
-        logit_gain=float((added - control)[:, target].mean()),
+        logit_gain=float(gains.mean()),
         p_value=float(binomtest(only, discordant, alternative="greater").pvalue) if discordant else 1.0,
         removal_cost=float(cost.mean() - control_cost.mean()),
         removal_p_value=float(mannwhitneyu(cost, control_cost, alternative="greater").pvalue),
         n=len(others),
+        flip_rate_interval=wilson_interval(int(flips.sum()), len(others)),
+        control_flip_rate_interval=wilson_interval(int(control_flips.sum()), len(others)),
+        effect_interval=bootstrap(seed, differences),
+        logit_gain_interval=bootstrap(seed, gains),
+        removal_cost_interval=bootstrap(seed, cost, control_cost),
+        elsewhere_flip_rate=None if moved is None else float(moved.float().mean()),
+        removal_cost_elsewhere=_cost_elsewhere(predict, artifact, target, carriers, typical, seed),
     )
 
 
-def removal_cost(
-    predict: Predictor, artifact: Artifact, target: int, images: Tensor, donors: Tensor, seed: int
-) -> Tensor:
-    """Return by how much each image's target logit falls when a donor's content takes the artifact's place.
+def bootstrap(seed: int, values: Tensor, others: Tensor | None = None) -> list[float]:
+    """Return the 95 % interval of a mean, or of the difference of two means: quantiles of 2,000 bootstrap samples.
 
     Parameters
     ----------
-    predict, artifact, target, seed
-        As in `test_effect`.
+    seed : int
+        Draws the samples.
+    values, others : Tensor
+        (n,) and (m,).
+    """
+    rng = np.random.default_rng([seed, 4])
+
+    def means(x: Tensor) -> np.ndarray:
+        return np.asarray(x.numpy()[rng.integers(0, len(x), (2000, len(x)))].mean(axis=1))
+
+    drawn = means(values) - (means(others) if others is not None else 0.0)
+    return [float(end) for end in np.quantile(drawn, [0.025, 0.975])]
+
+
+def _cost_elsewhere(
+    predict: Predictor, artifact: Artifact, target: int, carriers: Tensor, typical: Tensor, seed: int
+) -> float | None:
+    """Return what in-painting as large a hole elsewhere costs; None for an artifact that has no place of its own."""
+    if not artifact.bound_to_a_place or isinstance(artifact, Reversible):
+        return None
+    holes = elsewhere(artifact.found(carriers), seed)
+    return float((predict(carriers) - predict(filled(carriers, holes, typical)))[:, target].mean())
+
+
+def sample_bias(scores: np.ndarray, carries: np.ndarray, right: np.ndarray) -> SampleBias:
+    """Compare how often a model is right on the samples of a kind and on the rest of their class.
+
+    Parameters
+    ----------
+    scores : ndarray
+        (n,), of the class's samples, each by a fit without it.
+    carries, right : ndarray of bool
+        (n,): which are of the kind, and which the model gets right.
+    """
+    inside, outside = right[carries], right[~carries]
+    table = [[int(inside.sum()), int((~inside).sum())], [int(outside.sum()), int((~outside).sum())]]
+    larger = scores[carries][:, None] > scores[~carries]
+    return SampleBias(
+        separation=float(larger.mean()) if larger.size else 0.5,
+        accuracy=float(inside.mean()) if len(inside) else 0.0,
+        rest_accuracy=float(outside.mean()) if len(outside) else 0.0,
+        p_value=float(fisher_exact(table, alternative="less")[1]),
+    )
+
+
+def removal_cost(predict: Predictor, artifact: Artifact, target: int, images: Tensor, typical: Tensor) -> Tensor:
+    """Return by how much each image's target logit falls when the artifact is removed.
+
+    Parameters
+    ----------
+    predict, artifact, target
+        As in `measure_effect`.
     images : Tensor
         (n, C, H, W): changed where the artifact matches them best.
-    donors : Tensor
-        (k, C, H, W).
+    typical : Tensor
+        (C, H, W): see `spray.isolation.removal.removed`.
 
     Returns
     -------
     Tensor
         (n,).
     """
-    rng = np.random.default_rng([seed, 2])
-    content = donors[torch.from_numpy(rng.integers(0, len(donors), len(images)))]
-    mask = artifact.found(images)
-    return (predict(images) - predict(images + mask * (content - images)))[:, target]
+    return (predict(images) - predict(removed(artifact, images, typical)))[:, target]
 
 
-def verdict(effect: Effect, constant: bool, p_value: float, removal_p_value: float) -> str:
+def verdict(
+    effect: Effect, constant: bool, p_value: float, removal_p_value: float, bias: SampleBias | None = None
+) -> str:
     """Say what a candidate is.
 
     Parameters
@@ -160,20 +280,29 @@ def verdict(effect: Effect, constant: bool, p_value: float, removal_p_value: flo
         Whether its samples share its content, or only its place.
     p_value, removal_p_value : float
         Its p-values, corrected for all candidates.
+    bias : SampleBias, optional
+        How the model does on its samples, the p-value corrected likewise.
 
     Returns
     -------
     str
-        "no_effect" where adding it does not move more predictions to the class, and raise its logit more, than the
-        control; else "clever_hans" where removing it costs the class's own samples; "backdoor" where it does not but
-        the artifact alone turns most images; and "no_effect" where it does neither.
+        "clever_hans" where adding it moves more predictions to the class, and raises its logit more, than the control,
+        and removing it costs the class's own samples; "backdoor" where removing does not but the artifact alone turns
+        most images. "sample_bias" where there is nothing to add that would move the model but the samples are a kind
+        of their own, apart from the rest of their class, on which the model is wrong far more often: it learned the
+        class without them. "no_effect" where it is nothing of that: a kind of sample that the model does as well on as
+        on the rest is no bias but what a class consists of.
     """
     flips = effect.flip_rate - effect.control_flip_rate
-    if p_value >= LEVEL or flips < (MIN_EFFECT if constant else 3 * MIN_EFFECT) or effect.logit_gain <= 0:
-        return "no_effect"
-    if removal_p_value < LEVEL and effect.removal_cost > 0:
-        return "clever_hans"
-    return "backdoor" if effect.flip_rate >= TRIGGER else "no_effect"
+    enough = flips >= (MIN_EFFECT if constant else 3 * MIN_EFFECT)
+    if p_value < LEVEL and enough and effect.logit_gain > 0:
+        if removal_p_value < LEVEL and effect.removal_cost > 0:
+            return "clever_hans"
+        if effect.flip_rate >= TRIGGER:
+            return "backdoor"
+    if bias is not None and bias.separation >= APART and bias.p_value < LEVEL:
+        return "sample_bias" if bias.rest_accuracy - bias.accuracy >= WORSE else "no_effect"
+    return "no_effect"
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

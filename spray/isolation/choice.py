@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from spray.isolation.artifact import Artifact
@@ -16,9 +17,11 @@ from spray.isolation.changed import isolate_background, isolate_change, quartile
 from spray.isolation.evidence import Evidence
 from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
 from spray.isolation.scattered import isolate_scattered
+from spray.isolation.statistics import statistics
 
 Isolator = Callable[[Evidence], Artifact | None]
 """Explains what a cluster has and the rest of its class has not; None where it can't."""
+
 
 def isolate_local(evidence: Evidence) -> Artifact | None:
     """Isolate content that is always the same, at about the same place."""
@@ -39,6 +42,10 @@ ISOLATORS: dict[str, Isolator] = {
 }
 """From the simplest on: of two that explain a cluster as well the earlier one is chosen."""
 
+CUT_OUT = 0.5
+"""Handicap of cut-outs whose content varies: they take along what else is there, and explain nothing by themselves."""
+GROUPS = 4
+"""Natural groups of the rest of the class that a change of the whole image is compared with."""
 SIMPLER = 0.01
 """An isolator has to be better by so much than the one before it."""
 
@@ -77,7 +84,8 @@ class Trial:
     def evidence(self) -> float:
         """What trials are compared by."""
         effect = self.flip_rate - 0.5 * self.control_flip_rate
-        return self.likeness + 0.5 * (self.explained + effect + 2 * self.separation - 1)
+        handicap = 0.0 if self.artifact.constant else CUT_OUT
+        return self.likeness + 0.5 * (self.explained + effect + 2 * self.separation - 1) - handicap
 
 
 def tried(
@@ -128,7 +136,9 @@ def tried(
         apart = separation(artifact.score(second.images), artifact.score(rest))
         marked, control = artifact.insert(others, other_draws), artifact.insert(others, other_draws, donors)
         rates = [float((predict(images).argmax(dim=1) == target).float().mean()) for images in (marked, control)]
-        trials.append(Trial(name, artifact, max(-1.0, 1 - abs(1 - like)), max(-1.0, 1 - left), apart, rates[0], rates[1]))
+        trials.append(
+            Trial(name, artifact, max(-1.0, 1 - abs(1 - like)), max(-1.0, 1 - left), apart, rates[0], rates[1])
+        )
     order = list(ISOLATORS)
     return sorted(trials, key=lambda trial: SIMPLER * order.index(trial.isolator) - trial.evidence)
 
@@ -136,6 +146,34 @@ def tried(
 def refitted(trial: Trial, evidence: Evidence) -> Artifact:
     """Return what the chosen isolator isolates from all samples; the trial's own if that is nothing."""
     return ISOLATORS[trial.isolator](evidence) or trial.artifact
+
+
+def natural_changes(trial: Trial, evidence: Evidence, seed: int) -> list[Artifact]:
+    """Return what the same isolator makes of groups that the rest of the class falls into by itself.
+
+    They are the control of a change of the whole image, of which there is no part that other content could take the
+    place of: images of a class are brighter or darker, sharper or softer without any artifact.
+
+    Returns
+    -------
+    list of Artifact
+        Up to `GROUPS`; none for an artifact that has a place or an edge of its own.
+    """
+    from sklearn.cluster import KMeans
+
+    rest, maps = evidence.other_images, evidence.other_relevance
+    if trial.isolator not in ("veil", "change", "background") or len(rest) < 8 * GROUPS:
+        return []
+    features = statistics(rest)
+    features = (features - features.mean(dim=0)) / (features.std(dim=0) + 1e-6)
+    group = KMeans(GROUPS, n_init=4, random_state=seed).fit_predict(features.numpy())
+    changes = []
+    for number in range(GROUPS):
+        inside = torch.from_numpy(group == number)
+        if min(int(inside.sum()), int((~inside).sum())) >= 8:
+            part = Evidence(rest[inside], maps[inside], rest[~inside], maps[~inside])
+            changes.append(ISOLATORS[trial.isolator](part))
+    return [change for change in changes if change is not None]
 
 
 def _distance(images: Tensor, others: Tensor) -> float:

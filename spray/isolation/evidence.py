@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -30,14 +28,5 @@ class Evidence:
 
     def half(self, which: int) -> Evidence:
         """Return every second sample, from the first (0) or second (1) on."""
-        return Evidence(*(part[which::2] for part in (self.images, self.relevance)), *self._others(which))
-
-    def _others(self, which: int) -> tuple[Tensor, Tensor]:
-        return self.other_images[which::2], self.other_relevance[which::2]
-
-    def take(self, inside: np.ndarray) -> Evidence:
-        """Return the same samples, told apart anew: `inside`, bool (n + m,), over the cluster's, then the rest's."""
-        images = torch.cat([self.images, self.other_images])
-        maps = torch.cat([self.relevance, self.other_relevance])
-        which = torch.from_numpy(inside)
-        return Evidence(images[which], maps[which], images[~which], maps[~which])
+        images, maps, others, other_maps = self.images, self.relevance, self.other_images, self.other_relevance
+        return Evidence(images[which::2], maps[which::2], others[which::2], other_maps[which::2])

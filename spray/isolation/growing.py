@@ -21,7 +21,9 @@ FEWEST = 4
 MOST = 0.8
 """Largest share of a class that carries an artifact: more, and there is no rest to compare it with."""
 PENALTY = 0.02
-"""Inverse strength of the L2 penalty on standardised features."""
+"""Inverse strength of the L2 penalty on standardised features; there may be more of them than samples."""
+FREE = 1.0
+"""The same for few features that are scores themselves."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Scorer:
         return features @ self.weights + self.bias
 
 
-def grow(features: np.ndarray, member: np.ndarray, null: np.ndarray, seed: int) -> tuple[Scorer, np.ndarray, np.ndarray]:
+def grow(
+    features: np.ndarray, member: np.ndarray, null: np.ndarray, seed: int, penalty: float = PENALTY
+) -> tuple[Scorer, np.ndarray, np.ndarray]:
     """Grow a cluster to all samples of its class that are like it, and drop those of it that are not.
 
     In turns a logistic regression learns to tell the samples from the rest of the class, and every sample is judged by
@@ -63,6 +67,8 @@ def grow(features: np.ndarray, member: np.ndarray, null: np.ndarray, seed: int) 
         (m, d), of samples of other classes: they are no carriers, and weigh as much as the rest of the class.
     seed : int
         Of the folds.
+    penalty : float
+        `PENALTY` or `FREE`.
 
     Returns
     -------
@@ -80,13 +86,13 @@ def grow(features: np.ndarray, member: np.ndarray, null: np.ndarray, seed: int) 
     for _ in range(ROUNDS):
         for fold in range(FOLDS):
             used = folds != fold
-            w, b = _fit(x[used], member[used], others)
+            w, b = _fit(x[used], member[used], others, penalty)
             scores[~used] = x[~used] @ w + b
         carries = scores > split(scores, member)
         if carries.sum() < FEWEST or carries.mean() > MOST or (carries == member).all():
             break
         member = carries
-    w, b = _fit(x, member, others)
+    w, b = _fit(x, member, others, penalty)
     threshold = split(scores, member)
     high, low = np.median(scores[member]), np.median(scores[~member])
     unit = high - low if high > low else 1.0
@@ -95,7 +101,7 @@ def grow(features: np.ndarray, member: np.ndarray, null: np.ndarray, seed: int) 
     return scorer, scores, scores > scorer.threshold
 
 
-def _fit(x: np.ndarray, member: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, float]:
+def _fit(x: np.ndarray, member: np.ndarray, others: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
     """Return weights and bias of a logistic regression: half of the weight on members, a quarter each on the others."""
     from sklearn.linear_model import LogisticRegression
 
@@ -103,7 +109,7 @@ def _fit(x: np.ndarray, member: np.ndarray, others: np.ndarray) -> tuple[np.ndar
     shares = [0.5, 0.25, 0.25]
     weight = np.concatenate([np.full(len(p), share / max(1, len(p))) for p, share in zip(parts, shares, strict=True)])
     labels = np.concatenate([np.full(len(p), i == 0) for i, p in enumerate(parts)])
-    fitted = LogisticRegression(C=PENALTY, max_iter=300).fit(np.concatenate(parts), labels, weight * len(labels))
+    fitted = LogisticRegression(C=penalty, max_iter=300).fit(np.concatenate(parts), labels, weight * len(labels))
     return fitted.coef_[0], float(fitted.intercept_[0])
 
 

@@ -1,0 +1,225 @@
+"""One cluster explained: grown to all samples that are like it, isolated, scored, and put to the causal test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spray.correction.layers import candidates
+from spray.figures import fitted
+from spray.isolation.artifact import Artifact
+from spray.isolation.causal import Effect, SampleBias, measure_effect, sample_bias
+from spray.isolation.choice import Trial, natural_changes, refitted, tried
+from spray.isolation.evidence import Evidence
+from spray.isolation.growing import FEWEST, FREE, Scorer, grow, inner_features
+from spray.isolation.statistics import statistics
+from spray.pipelines.context import Context
+from spray.store.reading import Rows
+from spray.training import batches
+
+AT_ONCE = 256
+"""Images that are put through the model at once for their features."""
+NULL = 600
+"""Training images of other classes that scores are fitted against."""
+TRIED = 150
+"""Training images of other classes that explanations are tried on; the proof is made on others."""
+GROWN = 3000
+"""Most samples of a class that a cluster is grown among; all get their score in the end."""
+FEATURES = 4096
+"""Most inner activations that are looked at; of a model with more the first layers are left out."""
+
+
+@dataclass
+class Candidate:
+    """An isolated candidate and what was measured on it."""
+
+    class_index: int
+    cluster: str
+    artifact: Artifact
+    samples: np.ndarray
+    own_scores: dict[int, float]
+    first: Scorer
+    second: Scorer
+    trials: list[Trial]
+    effect: Effect
+    bias: SampleBias
+    verdict: str = "no_effect"
+    p_value: float = 1.0
+    removal_p_value: float = 1.0
+
+    @property
+    def strength(self) -> tuple[bool, float]:
+        """What candidates are ordered by: a verdict first, then by how much more they flip than the control."""
+        return self.verdict != "no_effect", self.effect.flip_rate - self.effect.control_flip_rate
+
+
+class Explainer:
+    """Explains clusters of one run; what several of them need is computed once.
+
+    Parameters
+    ----------
+    context : Context
+        Of the run.
+    relevance : Rows
+        (N, C, h, w): the heatmaps of all training samples.
+    """
+
+    def __init__(self, context: Context, relevance: Rows) -> None:
+        self.context, self.relevance = context, relevance
+        self.labels = np.asarray(context.train.labels)
+        self._of_class: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """The inner layers whose activations are looked at: the last ones that are not too many."""
+        names = candidates(self.context.model, self.context.trial_images(4))
+        x = self.context.trial_images(1)
+        for start in range(len(names)):
+            if inner_features(self.context.model, names[start:], x).shape[1] <= FEATURES:
+                return names[start:]
+        return names[-1:]
+
+    def features(self, pixels: Tensor) -> np.ndarray:
+        """Return what scores are made of, float64 (n, d), of pixels (n, C, H, W)."""
+        parts = []
+        for part in pixels.split(AT_ONCE):
+            inner = inner_features(self.context.model, self.layers, self.context.normalizer(part, self.context.device))
+            parts.append(torch.cat([inner, statistics(part)], dim=1))
+        return torch.cat(parts).double().numpy()
+
+    def explain(self, cluster: str, c: int, members: np.ndarray) -> Candidate | None:
+        """Return what a cluster of class `c` shares; None where too few samples or nothing to isolate are left."""
+        options, seed = self.context.config.isolate, self.context.config.seed
+        rng = np.random.default_rng([seed, c, len(members)])
+        of_class, features = self._class(c)
+        member = np.isin(of_class, members)
+        if min(member.sum(), (~member).sum()) < FEWEST:
+            return None
+        null, null_features = self._others(c)
+        first, scores, carries = grow(features, member, null_features, seed)
+        carries = _sensible(carries, member)
+        evidence = self._evidence(
+            _some(of_class[carries], options.n_samples, rng), _some(of_class[~carries], options.n_samples, rng)
+        )
+        trials = tried(
+            evidence,
+            c,
+            lambda pixels: first(self.features(pixels)),
+            self._predict,
+            self.context.train.batch(null[:TRIED]),
+            seed,
+        )
+        if not trials:
+            return None
+        artifact = refitted(trials[0], evidence)
+        pairs, null_pairs = (
+            np.stack([own, match], axis=1)
+            for own, match in (
+                (scores, self._matches(artifact, of_class)),
+                (first(null_features), self._matches(artifact, null)),
+            )
+        )
+        second, scores, grown = grow(pairs, carries, null_pairs, seed, FREE)
+        carries = _sensible(grown, carries)
+        test, others = self.context.test, np.flatnonzero(self.context.test.labels != c)
+        effect = measure_effect(
+            self._predict,
+            artifact,
+            c,
+            test.batch(_some(others, options.n_tested, rng)),
+            self.context.train.batch(_some(of_class[carries], options.n_samples, rng)),
+            self.context.train.batch(_some(of_class[~carries], options.n_samples, rng)),
+            seed,
+            natural_changes(trials[0], evidence, seed),
+        )
+        right = self._predict(self.context.train.batch(of_class)).argmax(dim=1).numpy() == c
+        own = dict(zip(of_class.tolist(), scores.tolist(), strict=True))
+        bias = sample_bias(scores, carries, right)
+        return Candidate(c, cluster, artifact, of_class[carries], own, first, second, trials, effect, bias)
+
+    def scores(self, found: Sequence[Candidate]) -> np.ndarray:
+        """Return each candidate's score of every training sample, float32 (candidates, N).
+
+        Samples that it was fitted on get the score of the fit without them.
+        """
+        n = len(self.labels)
+        result = np.zeros((len(found), n), dtype=np.float32)
+        for part in batches(n, 4 * AT_ONCE) if found else ():
+            pixels = self.context.train.batch(part)
+            features = self.features(pixels)
+            for row, candidate in zip(result, found, strict=True):
+                row[part] = candidate.second(
+                    np.stack([candidate.first(features), _match(candidate.artifact, pixels)], axis=1)
+                )
+        for row, candidate in zip(result, found, strict=True):
+            row[list(candidate.own_scores)] = list(candidate.own_scores.values())
+        return result
+
+    def _class(self, c: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return samples of a class with their features; those of the last class asked for are kept."""
+        if self._of_class is None or self._of_class[0] != c:
+            rng = np.random.default_rng([self.context.config.seed, c, 8])
+            indices = _some(np.flatnonzero(self.labels == c), GROWN, rng)
+            self._of_class = c, indices, self.features(self.context.train.batch(indices))
+        return self._of_class[1:]
+
+    @cached_property
+    def _drawn(self) -> tuple[np.ndarray, np.ndarray]:
+        """Some training samples of all classes, in random order, and their features."""
+        drawn = np.random.default_rng([self.context.config.seed, 9]).permutation(len(self.labels))[: 2 * NULL]
+        return drawn, self.features(self.context.train.batch(drawn))
+
+    def _others(self, c: int) -> tuple[np.ndarray, np.ndarray]:
+        indices, features = self._drawn
+        which = np.flatnonzero(self.labels[indices] != c)[:NULL]
+        return indices[which], features[which]
+
+    def _evidence(self, inside: np.ndarray, outside: np.ndarray) -> Evidence:
+        batch = self.context.train.batch
+        return Evidence(batch(inside), self._maps(inside), batch(outside), self._maps(outside))
+
+    def _maps(self, indices: np.ndarray) -> Tensor:
+        """Return heatmaps (n, H, W) of the images' size, however small and with however many channels they are kept."""
+        maps = self.relevance[indices].astype(np.float32).sum(axis=1)
+        return torch.from_numpy(fitted(maps, self.context.train.image_shape[1:]))
+
+    def _matches(self, artifact: Artifact, indices: np.ndarray) -> np.ndarray:
+        parts = (self.context.train.batch(indices[part]) for part in batches(len(indices), 4 * AT_ONCE))
+        return np.concatenate([_match(artifact, part) for part in parts])
+
+    def _predict(self, pixels: Tensor) -> Tensor:
+        return self.context.predict_pixels(self.context.model, pixels)
+
+
+def _match(artifact: Artifact, pixels: Tensor) -> np.ndarray:
+    """Return how well images match an artifact; what is beyond its samples or the rest counts no more than they do."""
+    return np.asarray(artifact.score(pixels).clamp(-1, 2).double().numpy())
+
+
+def _some(indices: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.permutation(indices)[:most])
+
+
+def _sensible(grown: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Return the grown samples, or those before if these are too few, or most of the former are not among them."""
+    enough = FEWEST <= grown.sum() <= len(grown) - FEWEST
+    return grown if enough and (grown & before).sum() >= before.sum() / 2 else before
+
+
+def trial_row(trial: Trial) -> dict[str, Any]:
+    """Return what is told of an explanation that was tried."""
+    return {
+        "isolator": trial.isolator,
+        "kind": trial.artifact.kind,
+        "likeness": trial.likeness,
+        "explained": trial.explained,
+        "separation": trial.separation,
+        "flip_rate": trial.flip_rate,
+        "control_flip_rate": trial.control_flip_rate,
+    }
