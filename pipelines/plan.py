@@ -50,6 +50,9 @@ def print_plan(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
         if decision.reason is not None:
             what = f"would run: {decision.reason}" + (f" (took {seconds:.0f} s before)" if seconds else "")
         print(f"  {decision.stage.name:<10}{what}")
+    if "verify" in waiting:
+        for line in further_runs(context):
+            print(f"  {'':<10}{line}")
     train, config = context.train, context.config
     print(f"samples: {len(train)} training, {len(context.test)} test, {len(train.classes)} classes")
     model = context.build_model()
@@ -81,6 +84,27 @@ def print_plan(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
         )
 
 
+def looks_again(context: Context) -> int:
+    """Return how often corrected models are looked at, at most."""
+    correction = context.config.correction
+    return correction.rounds - 1 + int(context.config.verify.recheck) if correction.methods else 0
+
+
+def further_runs(context: Context) -> list[str]:
+    """Return what the stage verify does beyond this run: further rounds, and a model trained on unplanted images."""
+    verify, looks = context.config.verify, looks_again(context)
+    lines = []
+    if looks:
+        kept = "verify.recheck=false leaves the last look out" if verify.recheck else "verify.recheck is off"
+        lines.append(
+            f"if artifacts are found: attribute to isolate again on the corrected model, up to {looks} "
+            f"time{'s' * (looks > 1)}, in rounds/2" + (f" to rounds/{looks + 1}" if looks > 1 else "") + f" ({kept})"
+        )
+    if verify.ceiling:
+        lines.append("a second model is trained, without what is planted, in ceiling/")
+    return lines
+
+
 def written_bytes(context: Context, stages: Sequence[str], model: nn.Module) -> dict[str, int]:
     """Return the bytes of what the stages write, by file, before compression and without what is small."""
     train, analysis = context.train, context.config.analysis
@@ -97,6 +121,11 @@ def written_bytes(context: Context, stages: Sequence[str], model: nn.Module) -> 
     if "isolate" in stages:
         most = min(context.config.isolate.candidates, context.config.isolate.per_class * len(train.classes))
         sizes["artifacts/"] = most * n * 16
+    if "verify" in stages:
+        looks = looks_again(context)
+        again = sum(sizes.get(name, 0) for name in ("model.pt", "attributions.h5", "analysis.h5", "artifacts/"))
+        sizes |= {"rounds/": looks * again} if looks else {}
+        sizes |= {"ceiling/": weights} if context.config.verify.ceiling else {}
     if "correct" in stages:
         sizes["corrected/"] = (1 + len(context.config.correction.methods)) * weights
     if "report" in stages:

@@ -239,6 +239,18 @@ def test_what_cannot_be_is_told(world: World) -> None:
     assert "correction.rounds=0 is out of range" in world.run("none", "correction.rounds=0").err
 
 
+def test_the_plan_tells_of_rounds_and_ceiling(world: World) -> None:
+    said = world.run("planned", "plan=true", "verify.ceiling=true", "correction.rounds=3")
+    assert said.code == 0
+    assert "up to 3 times, in rounds/2 to rounds/4" in said.out
+    assert "a second model is trained" in said.out
+    once = world.run("planned", "plan=true").out
+    assert "up to 1 time, in rounds/2 (" in once
+    assert "second model" not in once
+    assert "rounds/" not in world.run("planned", "plan=true", "verify.recheck=false").out
+    assert not (world.folder / "planned").exists()
+
+
 def cluster(jaccard: float, q: float, separability: float) -> dict[str, Any]:
     return {"jaccard": jaccard, "q_value": q, "p_value": q, "separability": separability}
 
