@@ -35,7 +35,7 @@ def hostile() -> pages.ReportData:
     plot = data.embeddings[0]
     names = (*NAMES, *plot.names[len(NAMES) :])
     found = dataclasses.replace(data.artifacts[0], sample_names=(*NAMES, *data.artifacts[0].sample_names[len(NAMES) :]))
-    other = dataclasses.replace(pages.embedding(LONG), class_index=4)
+    other = dataclasses.replace(pages.embedding("c"), class_index=4, class_name=LONG)
     return dataclasses.replace(
         data, artifacts=(found, *data.artifacts[1:]), embeddings=(dataclasses.replace(plot, names=names), other)
     )

@@ -23,17 +23,20 @@ _TRIED = 600  # thumbnails on which sizes are estimated
 _SAFETY = 0.93  # part of the budget that an estimate may take
 
 
-def triptych_uri(image: np.ndarray, relevance: np.ndarray, limit: float | None) -> str:
+def triptych_uri(image: np.ndarray, relevance: np.ndarray, limit: float | None, lossless: int = _LOSSLESS) -> str:
     """Return image, heatmap and overlay side by side as a data URI; image (C, H, W), relevance (H, W)."""
-    return strip_uri(figures.triptych(image, relevance, limit), max(image.shape[1:]))
+    return strip_uri(figures.triptych(image, relevance, limit), max(image.shape[1:]), lossless)
 
 
-def strip_uri(pixels: np.ndarray, size: int) -> str:
-    """Return pictures of `size` pixels that stand side by side, uint8 (H, W, 3), as a data URI, shrunk if large."""
+def strip_uri(pixels: np.ndarray, size: int, lossless: int = _LOSSLESS) -> str:
+    """Return pictures of `size` pixels that stand side by side, uint8 (H, W, 3), as a data URI.
+
+    They are shrunk if they are large, and lose a little in compression if they are larger than `lossless`.
+    """
     from PIL import Image
 
     picture = Image.fromarray(pixels)
-    if size <= _LOSSLESS:
+    if size <= lossless:
         return _uri(figures.to_png(np.asarray(picture)), "png")
     scale = min(1.0, _LARGEST / size)
     shrunk = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BOX)

@@ -25,6 +25,7 @@ _LISTED = 20_000  # samples of an artifact in the page at most
 
 _PAGE = 4_800_000
 """Characters that a page may take; thumbnails get what is left."""
+_GALLERIES = 1_000_000  # of them from which on the pictures of galleries lose a little in compression
 _TEXT = 250_000  # of them for tables, texts, style and script
 _LEAST = 500_000  # for the plots, whatever else there is
 
@@ -36,12 +37,9 @@ def render(data: ReportData) -> str:
     content security policy runs no script but the one whose hash it names.
     """
     script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
-    tiles = {
-        id(tile): pictures.triptych_uri(tile.image, tile.relevance, artifact.limit)
-        for artifact in data.found
-        for group in artifact.galleries
-        for tile in group.tiles
-    }
+    tiles = _tiles(data, {})
+    if sum(map(len, tiles.values())) > _GALLERIES:
+        tiles = _tiles(data, {"lossless": 0})
     lists = [_sample_list(artifact) for artifact in data.found]
     taken = sum(map(len, tiles.values())) + sum(len(name) + 12 for part in lists for name in part["names"])
     made = environment()
@@ -105,6 +103,16 @@ def best_correction(models: tuple[ModelResult, ...] | None) -> ModelResult | Non
 
 def _model(models: tuple[ModelResult, ...] | None, name: str) -> ModelResult | None:
     return next((model for model in models or () if model.name == name), None)
+
+
+def _tiles(data: ReportData, options: dict[str, Any]) -> dict[int, str]:
+    """Return the picture of each sample in a gallery, by the identity of its tile."""
+    return {
+        id(tile): pictures.triptych_uri(tile.image, tile.relevance, artifact.limit, **options)
+        for artifact in data.found
+        for group in artifact.galleries
+        for tile in group.tiles
+    }
 
 
 def _sample_list(artifact: Artifact) -> dict[str, Any]:
