@@ -11,6 +11,7 @@ from scipy.stats import binomtest, fisher_exact, mannwhitneyu
 from torch import Tensor
 
 from spray.isolation.artifact import Artifact
+from spray.isolation.changed import rms
 from spray.isolation.matted import Donated
 from spray.isolation.removal import Reversible, elsewhere, filled, removed
 from spray.verification import wilson_interval
@@ -162,7 +163,7 @@ def measure_effect(
         parts = torch.empty_like(others)
         for number, change in enumerate(controls):
             mine = donor % len(controls) == number
-            parts[mine] = change.insert(others[mine], draws[mine])
+            parts[mine] = _no_stronger(others[mine], change, artifact, draws[mine])
         control = predict(parts)
     else:
         control = add(content_of(donors))
@@ -195,6 +196,13 @@ def measure_effect(
         elsewhere_flip_rate=None if moved is None else float(moved.float().mean()),
         removal_cost_elsewhere=_cost_elsewhere(predict, artifact, target, carriers, typical, seed),
     )
+
+
+def _no_stronger(images: Tensor, change: Artifact, artifact: Artifact, draws: np.ndarray) -> Tensor:
+    """Return images (n, C, H, W) changed, but not by more (root mean square) than the artifact changes them."""
+    changed, marked = change.insert(images, draws), artifact.insert(images, draws)
+    strength = (rms(marked - images) / rms(changed - images).clamp_min(1e-6)).clamp_max(1)
+    return images + strength[:, None, None, None] * (changed - images)
 
 
 def bootstrap(seed: int, values: Tensor, others: Tensor | None = None) -> list[float]:

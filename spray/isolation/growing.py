@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 FOLDS = 5
-ROUNDS = 4
+ROUNDS = 3
 """Most rounds of self-training."""
 FEWEST = 4
 """Fewest samples that an artifact is isolated from."""
 MOST = 0.8
 """Largest share of a class that carries an artifact: more, and there is no rest to compare it with."""
-PENALTY = 0.02
-"""Inverse strength of the L2 penalty on standardised features; there may be more of them than samples."""
-FREE = 1.0
+RIDGE = 0.1
+"""Penalty on the squared weights of standardised features, of which there may be more than samples."""
+FREE = 1e-3
 """The same for few features that are scores themselves."""
 
 
@@ -50,11 +50,11 @@ class Scorer:
 
 
 def grow(
-    features: np.ndarray, member: np.ndarray, null: np.ndarray, seed: int, penalty: float = PENALTY
+    features: np.ndarray, member: np.ndarray, null: np.ndarray, seed: int, penalty: float = RIDGE
 ) -> tuple[Scorer, np.ndarray, np.ndarray]:
     """Grow a cluster to all samples of its class that are like it, and drop those of it that are not.
 
-    In turns a logistic regression learns to tell the samples from the rest of the class, and every sample is judged by
+    In turns a linear classifier learns to tell the samples from the rest of the class, and every sample is judged by
     the one that was fitted without it; the class's scores are split by a mixture of two normal distributions.
 
     Parameters
@@ -68,7 +68,7 @@ def grow(
     seed : int
         Of the folds.
     penalty : float
-        `PENALTY` or `FREE`.
+        `RIDGE` or `FREE`.
 
     Returns
     -------
@@ -102,15 +102,24 @@ def grow(
 
 
 def _fit(x: np.ndarray, member: np.ndarray, others: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
-    """Return weights and bias of a logistic regression: half of the weight on members, a quarter each on the others."""
-    from sklearn.linear_model import LogisticRegression
+    """Return weights and bias of a ridge regression on ±1: half of the weight on members, a quarter each on the others.
 
+    With that many features as here it separates no worse than a logistic regression, and has a closed form.
+    """
     parts = [x[member], x[~member], others]
     shares = [0.5, 0.25, 0.25]
     weight = np.concatenate([np.full(len(p), share / max(1, len(p))) for p, share in zip(parts, shares, strict=True)])
-    labels = np.concatenate([np.full(len(p), i == 0) for i, p in enumerate(parts)])
-    fitted = LogisticRegression(C=penalty, max_iter=300).fit(np.concatenate(parts), labels, weight * len(labels))
-    return fitted.coef_[0], float(fitted.intercept_[0])
+    weight /= weight.sum()
+    y = np.concatenate([np.full(len(p), 1.0 if i == 0 else -1.0) for i, p in enumerate(parts)])
+    rows = np.concatenate(parts)
+    mean, level = weight @ rows, weight @ y
+    root = np.sqrt(weight)
+    a, t = (rows - mean) * root[:, None], (y - level) * root
+    if a.shape[1] <= a.shape[0]:
+        w = np.linalg.solve(a.T @ a + penalty * np.eye(a.shape[1]), a.T @ t)
+    else:
+        w = a.T @ np.linalg.solve(a @ a.T + penalty * np.eye(a.shape[0]), t)
+    return w, float(level - mean @ w)
 
 
 def split(scores: np.ndarray, member: np.ndarray) -> float:
