@@ -7,13 +7,16 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 
 import browser
 import numpy as np
 import pytest
+import small
 import test_report as pages
 
+from spray.pipelines import isolate
 from spray.report import render
 
 pytestmark = [browser.needed, pytest.mark.slow]
@@ -311,3 +314,82 @@ def test_sprite_of_a_class_holds_its_thumbnails_in_order(path):
         row, column = divmod(i, columns)
         part = sheet[row * height : (row + 1) * height, column * width : (column + 1) * width]
         assert abs(part.mean() - 30 * i) < 6
+
+
+def no_memory(context):
+    raise MemoryError("no room")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Real runs of the command: one that finds what is planted, one of clean images, one that fails on its way."""
+    folder = tmp_path_factory.mktemp("runs")
+    sizes = (
+        dict.fromkeys(("coffee", "skin", "stone"), small.TRAIN),
+        dict.fromkeys(("coffee", "skin", "stone"), small.TEST),
+    )
+    file = small.write_model(folder)
+    options = [
+        *small.write_images(folder, *sizes),
+        *("experiment=image_folder", f"dataset.image_size={small.SIDE}", "device=cpu", "verify.recheck=false"),
+        *("model.epochs=30", "model.learning_rate=5e-3", "model.batch_size=16", "correction.epochs=6"),
+    ]
+    plant = ["dataset.plant.kind=box", "dataset.plant.class=skin", "dataset.plant.rate=0.4", "dataset.plant.size=5"]
+    found = small.run(*options, *plant, f"model.factory={file}:build", f"run_dir={folder / 'found'}")
+    clean = small.run(*options, f"model.factory={file}:build", f"run_dir={folder / 'clean'}")
+    shutil.copytree(folder / "found", folder / "failed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isolate, "STAGE", dataclasses.replace(isolate.STAGE, run=no_memory))
+        failed = small.run(*options, *plant, "seed=1", f"model.factory={file}:build", f"run_dir={folder / 'failed'}")
+    assert [found.code, clean.code] == [0, 0]
+    assert failed.code == 1
+    assert "MemoryError: no room" in failed.err
+    assert f"report of what was done before: {folder / 'failed' / 'report.html'}" in failed.out
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "heading", "not_said"),
+    [
+        ("found", "skin: it turns", "No verdict"),
+        ("clean", "No artifact was found that passed the causal test.", "Clever Hans in class"),
+        # Its folder holds what an earlier run with another seed had found.
+        ("failed", "No verdict: the run failed in stage isolate.", "Clever Hans in class"),
+    ],
+)
+def test_reports_of_real_runs_are_right(chromium, runs, name, heading, not_said):
+    with browser.opened(chromium, runs / name / "report.html", 390) as seen:
+        seen.page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
+        seen.page.wait_for_timeout(300)
+        assert heading in seen.page.locator("h1").inner_text()
+        text = seen.page.locator("main").inner_text()
+        assert not_said not in text.replace(seen.page.locator("pre").inner_text(), "")
+        assert seen.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        failed = name == "failed"
+        assert ("This run is incomplete." in text) == failed
+        lights = seen.page.locator(".lights .light")
+        assert lights.count() == 3
+        reds = seen.page.locator(".lights .red b").all_inner_texts()
+        assert "skin" in reds if name == "found" else not reds
+        assert seen.page.locator(".lights .none").count() == (3 if failed else 0)
+        assert seen.page.locator("canvas.scatter").count() == 3
+        if failed:
+            assert "isolate failed: MemoryError: no room; correct is out of date" in text
+            assert "Not run: the isolate stage" in text
+            assert "turned, control" not in text
+            assert seen.page.locator("article.artifact").count() == 0
+        seen.assert_quiet()
+
+
+def test_files_of_a_real_run_agree_with_its_report(chromium, runs):
+    with browser.opened(chromium, runs / "found" / "report.html", accept_downloads=True) as seen:
+        artifact = json.loads((runs / "found" / "artifacts.json").read_text())["artifacts"][0]
+        rows = rows_of(saved(seen, seen.page.locator("button[data-format=csv]").first))
+        assert [int(row["sample_index"]) for row in rows] == artifact["samples"]
+        scores = dict(csv.reader((runs / "found" / artifact["scores"]).open()))
+        for row in rows:
+            assert float(row["score"]) == pytest.approx(float(scores[row["sample_index"]]), rel=1e-5)
+            assert (runs / "train" / row["name"]).is_file(), "names are the paths of the images"
+        seen.assert_quiet()
+    figures = {path.name for path in (runs / "found" / "figures").iterdir()}
+    assert {"ranking.png", "accuracies.pdf", "artifacts.png", "causal_effects.pdf"} <= figures
