@@ -123,8 +123,8 @@ class RankConfig:
 
     # `cross_fitted`, or `fisher`: the tutorial's score, measured on the embedding itself and nothing else.
     score: str = "cross_fitted"
-    # What else counts: content, confidence, concentration, stability.
-    evidence: list[str] = field(default_factory=lambda: ["content"])
+    # What else counts: repeated, content, confidence, concentration, stability.
+    evidence: list[str] = field(default_factory=lambda: ["repeated", "content"])
     # Further ways of comparing heatmaps in which clusters are sought: scaled, peak (see spray/analysis/views.py).
     views: list[str] = field(default_factory=lambda: ["scaled", "peak"])
     # Clusters of each class and view, the most separable ones, whose images are looked at.

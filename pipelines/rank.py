@@ -11,14 +11,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from spray.analysis import separability
-from spray.analysis.content import SIDE, relevance_peaks, shared_content, spread_evenly
 from spray.analysis.fisher import RIDGE
 from spray.analysis.scoring import (
     SMALLEST,
     Candidate,
     Verdict,
     View,
-    concentration,
+    content_candidate,
     distinct_samples,
     find_candidates,
     judge,
@@ -28,17 +27,14 @@ from spray.analysis.views import view_features, view_labelings
 from spray.pipelines.analysis_options import preprocessing_of, source_array
 from spray.pipelines.analyze import read_features
 from spray.pipelines.context import Context
+from spray.pipelines.looking import look_at, repeated_in_class
 from spray.pipelines.stage import Stage
 from spray.storage import hdf5_writer, write_json
 from spray.store import Attributions, open_attributions
 from spray.store.analyses import AnalysisGroup, open_analysis
-from spray.training import batches
 
 CANDIDATES = "candidates.h5"
 """Clusterings of further views of the heatmaps, laid out as in `analysis.h5`."""
-
-SAMPLED, OF_CLUSTER = 400, 100
-"""Images of a class, and of each cluster that is looked at, that shared content is measured on."""
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -100,7 +96,30 @@ def _candidates(
     if "confidence" in options.evidence:
         _add_confidence(found, c, np.asarray(attributions.prediction[group.index]))
     if {"content", "concentration"} & set(options.evidence) and chosen:
-        _look(context, chosen, group.index, attributions)
+        look_at(context, chosen, group.index, attributions)
+    if "repeated" in options.evidence:
+        found += _repeated(context, c, group, attributions, features, first, further)
+    return found
+
+
+def _repeated(
+    context: Context,
+    c: int,
+    group: AnalysisGroup,
+    attributions: Attributions,
+    features: np.ndarray,
+    first: np.ndarray,
+    further: h5py.File,
+) -> list[Candidate]:
+    """Return groups of a class's samples that have a part of their images in common; write them as clusterings."""
+    found = []
+    for number, repeated in enumerate(repeated_in_class(context, c, group.index, attributions), start=1):
+        name = f"repeated-{number:02d}"
+        candidate = content_candidate(c, f"{name}/0", features, repeated, first, context.config.seed)
+        if candidate is not None:
+            found.append(candidate)
+            labels = np.where(repeated.member, 0, -1).astype(np.int32)
+            further[group.name].create_dataset(f"cluster/{name}", data=labels, fletcher32=True)
     return found
 
 
@@ -136,45 +155,6 @@ def _add_confidence(found: Sequence[Candidate], c: int, logits: np.ndarray) -> N
     if np.isfinite(spread) and spread > 0:
         for x in found:
             x.evidence["confidence"] = float(margin[x.member].mean() - margin[~x.member].mean()) / spread
-
-
-def _look(context: Context, chosen: Sequence[Candidate], index: np.ndarray, attributions: Attributions) -> None:
-    """Look at the images and heatmaps of some clusters, and some others of their class, and add that evidence."""
-    kinds, n = context.config.rank.evidence, len(index)
-    wanted = [
-        spread_evenly(np.arange(n), SAMPLED),
-        *(spread_evenly(np.flatnonzero(x.member), OF_CLUSTER) for x in chosen),
-    ]
-    used = np.unique(np.concatenate(wanted))
-    maps, images = _small(context, index[used], attributions)
-    sharpness, peaks = concentration(maps), relevance_peaks(maps)
-    for x in chosen:
-        member = x.member[used]
-        if "content" in kinds:
-            x.evidence["content"] = shared_content(images, maps, member, peaks)
-        if "concentration" in kinds and sharpness.std() > 0:
-            x.evidence["concentration"] = float(
-                (sharpness[member].mean() - sharpness[~member].mean()) / sharpness.std()
-            )
-
-
-def _small(context: Context, indices: np.ndarray, attributions: Attributions) -> tuple[np.ndarray, np.ndarray]:
-    """Return heatmaps (n, h, w) and images (n, C, h, w), averaged down where they are large."""
-    import torch
-    from torch.nn.functional import adaptive_avg_pool2d, interpolate
-
-    maps, images = [], []
-    for part in batches(len(indices), 256):
-        pixels = context.train.batch(indices[part])
-        factor = -(-max(pixels.shape[2:]) // SIDE)
-        size = (-(-pixels.shape[2] // factor), -(-pixels.shape[3] // factor))
-        relevance = torch.from_numpy(attributions.attribution[indices[part]].astype(np.float32))
-        relevance = relevance.sum(dim=1, keepdim=True)
-        # Heatmaps may be stored smaller than the images.
-        smaller = relevance.shape[2] < size[0] or relevance.shape[3] < size[1]
-        maps.append(interpolate(relevance, size) if smaller else adaptive_avg_pool2d(relevance, size))
-        images.append(pixels if factor == 1 else adaptive_avg_pool2d(pixels, size))
-    return torch.cat(maps)[:, 0].numpy(), torch.cat(images).float().numpy()
 
 
 def _cluster_row(context: Context, candidate: Candidate, verdict: Verdict) -> dict[str, Any]:

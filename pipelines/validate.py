@@ -58,7 +58,7 @@ CHOICES = {
     "rank.correction": CORRECTIONS,
 }
 FIGURES = ("png", "pdf")
-EVIDENCE = ("content", "confidence", "concentration", "stability")
+EVIDENCE = ("repeated", "content", "confidence", "concentration", "stability")
 # Stages that put images through the model.
 WITH_MODEL = {"train", "attribute", "isolate", "correct", "verify"}
 

@@ -18,6 +18,7 @@ from spray.analysis.ranking import (
     principal_components,
     structureless_p_value,
 )
+from spray.analysis.repeated import FEWEST, Repeated
 
 SMALLEST = 8
 """Clusters with fewer samples are not scored."""
@@ -25,7 +26,7 @@ SMALLEST = 8
 LARGEST = 0.65
 """Nor are those with a larger share of their class: the rest has to be enough to compare with."""
 
-WEIGHTS = {"content": 2.0, "held_out": 0.25, "confidence": 0.5, "concentration": 0.5, "stability": 1.0}
+WEIGHTS = {"repeated": 3.0, "content": 2.0, "held_out": 0.25, "confidence": 0.5, "concentration": 0.5, "stability": 1.0}
 """How much each kind of evidence counts beside the logarithm of the separability."""
 
 PRIOR, CONTENT_PRIOR = (0.75, 4.0), (2.0, 16.0)
@@ -74,6 +75,8 @@ class Candidate:
         (n,): on which side of the cluster's border each sample is, and how far.
     evidence : dict of str to float
         Further evidence by name, as in `WEIGHTS`.
+    of_heatmaps : bool
+        Whether it was found by clustering heatmaps, so that the tails of a cloud of them could explain it.
     """
 
     class_index: int
@@ -84,6 +87,7 @@ class Candidate:
     n: int
     projection: np.ndarray | None = None
     evidence: dict[str, float] = field(default_factory=dict)
+    of_heatmaps: bool = True
 
     @property
     def size(self) -> int:
@@ -158,6 +162,55 @@ def find_candidates(
     return list(found.values())
 
 
+def content_candidate(
+    class_index: int,
+    cluster: str,
+    features: np.ndarray,
+    repeated: Repeated,
+    first: np.ndarray,
+    seed: int = 0,
+) -> Candidate | None:
+    """Return a group of samples that have a window in common, with its separability among heatmaps.
+
+    Parameters
+    ----------
+    class_index : int
+        The class.
+    cluster : str
+        Its name.
+    features : ndarray
+        (n, d): what heatmaps are compared by.
+    repeated : Repeated
+        The window and its copies.
+    first : ndarray of bool
+        (n,): the samples that count.
+    seed : int
+        Of folds and principal components.
+
+    Returns
+    -------
+    Candidate or None
+        None if near-duplicates are most of it.
+    """
+    distinct = int((repeated.member & first).sum())
+    if distinct < FEWEST:
+        return None
+    X = principal_components(features[first], seed=seed)
+    value = _separability(X, repeated.member, first, seed)[0]
+    evidence, by_distance = {"repeated": repeated.strength}, -repeated.distance.astype(np.float64)
+    return Candidate(
+        class_index,
+        cluster,
+        repeated.member,
+        value,
+        distinct,
+        int(first.sum()),
+        by_distance,
+        evidence,
+        of_heatmaps=False,
+    )
+
+
 def most_separable(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
     """Return the candidates of the largest separability, at most so many."""
     return sorted(candidates, key=lambda x: (-x.separability, x.cluster))[:most]
@@ -222,9 +275,9 @@ def judge(
     """Say how surprising each class and each cluster is.
 
     Two explanations have to be refuted, so that the larger of two p-values counts: a class without structure, whose
-    clusters are the tails of a cloud (chosen among all clusters of the class: Simes); and a natural kind of images,
-    such as the best cluster of each other class is. The latter is a comparison with a maximum over a whole class and
-    needs no correction for the choice of the cluster.
+    clusters are the tails of a cloud (chosen among all clusters of the class: Simes; not asked of groups that were
+    found in the images); and a natural kind of images, such as the best cluster of each other class is. The latter is a
+    comparison with a maximum over a whole class and needs no correction for the choice of the cluster.
 
     Parameters
     ----------
@@ -255,9 +308,10 @@ def judge(
     for c in best:
         own = np.flatnonzero(owner == c)
         structure = np.zeros(len(own))
-        if against_structureless:
-            tested = (candidates[int(i)] for i in own)
-            structure = simes([structureless_p_value(x.separability, x.n, x.distinct) for x in tested])
+        clustered = [k for k, i in enumerate(own) if candidates[int(i)].of_heatmaps]
+        if against_structureless and clustered:
+            tested = (candidates[int(own[k])] for k in clustered)
+            structure[clustered] = simes([structureless_p_value(x.separability, x.n, x.distinct) for x in tested])
         others = [score for other, score in best.items() if other != c]
         for i, p_structure in zip(own, structure, strict=True):
             p_values[i] = max(p_structure, outlier_p_value(float(scores[i]), others, *prior))
