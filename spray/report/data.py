@@ -68,8 +68,8 @@ class Artifact:
     """A candidate and how it did in the causal test.
 
     `pattern` and `mask` are pictures: uint8 (H, W, 4) and (H, W). `effects` holds one result for each model
-    where the candidate itself was added to the test images; `further` what else is known, by name, as it is printed.
-    `scores` has one number for each of `samples`, none where they are not known.
+    where the candidate itself was added to the test images; `further` and `tables` what else is known, as it is
+    printed. `scores` has one number for each of `samples`, none where they are not known.
     """
 
     id: str
@@ -89,6 +89,7 @@ class Artifact:
     kind: str | None = None
     opacity: float | None = None
     further: tuple[tuple[str, str], ...] = ()
+    tables: tuple[Check, ...] = ()
     samples: tuple[int, ...] = ()
     sample_names: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()

@@ -21,7 +21,7 @@ from spray.report.data import (
 )
 from spray.report.embeddings import POINTS, Wanted, embeddings
 from spray.report.lights import lights
-from spray.report.record import Results, facts, skipped
+from spray.report.record import Results, facts, skipped, tables
 from spray.report.verified import chosen, finite, further_checks, model_result, rate_interval, rechecks
 
 _GALLERIES = 4  # artifacts shown with galleries at most
@@ -157,6 +157,7 @@ def _artifact(
         kind=None if row.get("kind") is None else str(row["kind"]),
         opacity=finite(row.get("opacity")) if isinstance(row.get("opacity"), int | float) else None,
         further=facts(row, _OF_ARTIFACT),
+        tables=tables(row),
         samples=samples,
         sample_names=tuple(dataset.names[sample] for sample in samples),
         scores=tuple(scores[sample] for sample in samples) if all(s in scores for s in samples) else (),

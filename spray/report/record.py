@@ -13,7 +13,7 @@ import numpy as np
 
 from spray.data.base import ImageDataset
 from spray.report.data import Check, OutputRow, StageRow
-from spray.report.words import PROVENANCE, number
+from spray.report.words import LABELS, PROVENANCE, number
 from spray.storage import read_json
 
 FILES = {
@@ -81,7 +81,7 @@ class Results:
                 name,
                 status,
                 entry.get("seconds"),
-                facts(entry.get("facts") or {}),
+                facts(entry.get("facts") or {}) if status == "done" else (),
                 entry.get("started"),
                 str(entry["error"]) if status == "failed" and entry.get("error") else entry.get("stale"),
             )
@@ -148,7 +148,7 @@ def skipped(dataset: ImageDataset, test: ImageDataset | None, quarantined: Mappi
 def facts(values: Mapping[str, Any], known: frozenset[str] = frozenset()) -> tuple[tuple[str, str], ...]:
     """Return values as they are printed, by name, without those that are known, lists of rows and intervals."""
     shown = [
-        (key.replace("_", " "), _text(value, values.get(f"{key}_interval")))
+        (LABELS.get(key, key.replace("_", " ")), _text(value, values.get(f"{key}_interval")))
         for key, value in values.items()
         if key not in known and not key.endswith("_interval") and value not in (None, [], {}) and not _is_deep(value)
     ]
@@ -164,6 +164,12 @@ def check(title: str, value: Any) -> Check | None:
     columns = list(dict.fromkeys(key for row in value for key in row))
     rows = tuple(tuple("–" if row.get(key) is None else _text(row[key]) for key in columns) for row in value)
     return Check(title, tuple(key.replace("_", " ") for key in columns), rows)
+
+
+def tables(values: Mapping[str, Any]) -> tuple[Check, ...]:
+    """Return those values that are lists of rows, as tables."""
+    made = (check(LABELS.get(key, key.replace("_", " ").capitalize()), value) for key, value in values.items())
+    return tuple(table for table, value in zip(made, values.values(), strict=True) if table and _is_table(value))
 
 
 def _is_table(value: Any) -> bool:

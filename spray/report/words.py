@@ -29,6 +29,17 @@ _ROLES = {
     "never_poisoned": "the best that can be hoped for",
     "ceiling": "the best that can be hoped for",
 }
+LABELS = {
+    "constant_content": "the same content on all samples",
+    "mask_share": "share of the image in the mask",
+    "effect_interval": "difference of the rates",
+    "elsewhere_flip_rate": "share turned when it is put elsewhere",
+    "removal_cost_elsewhere": "loss of the logit when it is removed elsewhere",
+    "sample_bias": "as a kind of sample",
+    "explanations": "Ways of cutting it out that were tried",
+}
+"""What further facts are called, by their key."""
+
 _STATUSES = {
     "failed": "failed",
     "running": "was cut short",
