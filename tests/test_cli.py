@@ -75,6 +75,7 @@ MISTAKES = {
     "rank.score=nope": ["rank.score=nope", "cross_fitted", "fisher"],
     "isolate.candidates=-1": ["isolate.candidates=-1"],
     "isolate.n_samples=2": ["isolate.n_samples=2"],
+    "report.figures=[jpg]": ["report.figures has jpg", "png, pdf"],
     "correction.epochs=0": ["correction.epochs=0"],
     "correction.learning_rate=inf": ["correction.learning_rate=inf"],
     "correction.methods=[a_clarq]": ["did you mean 'a_clarc'", "p_clarc"],

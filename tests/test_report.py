@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -358,6 +359,40 @@ def test_browser_runs_the_script_and_nothing_else(tmp_path):
     assert "<title>owned</title>" not in done.stdout
     canvas = re.search(r"<canvas class=\"scatter\"[^>]*>", done.stdout).group()
     assert re.search(r'width="[1-9]\d\d', canvas)  # the script sized it
+
+
+def test_a_thousand_classes_are_summed_up():
+    names = tuple(f"class {c}" for c in range(1000))
+    lights = (Light(3, "class 3", "red", "Backdoor"), *(Light(c, names[c], "green", "q 0.9") for c in range(900)))
+    rows = tuple(RankRow(c + 1, name, 9, 1.0, 0.5, class_index=c, q_value=0.9) for c, name in enumerate(names))
+    data = dataclasses.replace(found(), n_classes=1000, lights=lights, classes=rows, without_plot=names[60:])
+    page = Page(render(data))
+    words = page.words()
+    assert "artifact found: 1 nothing found: 900" in words
+    assert "900 classes in which nothing was found" in words
+    assert "and 920 more classes" in words
+    assert "By the ranking alone 1 000 of 1 000 classes would not stand out" in words
+    assert [tag for tag, _ in page.tags].count("tr") < 400
+
+
+def test_a_very_large_finding_is_listed_by_its_best():
+    n = 30_000
+    large = dataclasses.replace(
+        artifact("c"), samples=tuple(range(n)), sample_names=("x.png",) * n, scores=tuple(i % 97 / 97 for i in range(n))
+    )
+    page = Page(render(dataclasses.replace(found(), artifacts=(large,))))
+    listed = next(json.loads(body) for attributes, body in page.scripts if attributes.get("id") == "samples-1")
+    assert len(listed["samples"]) == len(listed["names"]) == 20_000
+    assert min(listed["scores"]) >= 30 / 97
+    assert listed["samples"] == sorted(listed["samples"])
+    assert "the 20 000 best" in page.words()
+
+
+def test_a_kind_of_sample_is_no_red_light_and_no_backdoor():
+    bias = dataclasses.replace(artifact("moon", verdict="sample_bias"), kind="sample", flip_rate=None)
+    words = Page(render(dataclasses.replace(found(), artifacts=(bias,), models=()))).words()
+    assert "Sample bias in class moon" in words
+    assert "turns – of other images" not in words
 
 
 def test_many_findings_in_large_noisy_images_stay_light():

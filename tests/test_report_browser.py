@@ -261,6 +261,18 @@ def test_points_are_coloured_by_cluster_score_or_prediction(seen):
     assert f"artifact · {plot.members.sum()}" in looks[2][0]
 
 
+def test_a_finger_taps_and_draws_after_the_button(chromium, path):
+    with browser.opened(chromium, path, 390, has_touch=True, is_mobile=True) as seen:
+        seen.page.wait_for_timeout(200)
+        seen.page.touchscreen.tap(*place(seen, hostile().embeddings[0].points[40]))
+        assert seen.page.locator(".tip").first.is_visible()
+        canvas = seen.page.locator("canvas.scatter").first
+        assert canvas.evaluate("c => getComputedStyle(c).touchAction") == "manipulation", "the page still scrolls"
+        seen.page.locator("[data-do=lasso]").first.tap()
+        assert canvas.evaluate("c => getComputedStyle(c).touchAction") == "none"
+        seen.assert_quiet()
+
+
 def test_other_classes_open_when_asked(seen):
     second = seen.page.locator(".panel").nth(1)
     assert not second.locator("canvas.scatter").is_visible()

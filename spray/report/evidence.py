@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,8 +18,8 @@ _TOP, _RANDOM, _NEAR = 9, 6, 6
 
 def read_scores(path: Path) -> dict[int, float]:
     """Return the score of each training sample from a `scores.csv`."""
-    with path.open(newline="") as file:
-        return {int(row["sample_index"]): float(row["score"]) for row in csv.DictReader(file)}
+    rows = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+    return dict(zip(rows[:, 0].astype(int).tolist(), rows[:, 1].tolist(), strict=True)) if rows.size else {}
 
 
 def galleries(

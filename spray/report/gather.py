@@ -84,7 +84,7 @@ def gather(
     if analysis is not None:
         # Clusterings of further views are written by the stage that ranks.
         further = results.run_dir / "candidates.h5" if ranking is not None else None
-        wanted = _wanted(results, confirmed, artifacts or (), ranking)
+        wanted = _wanted(results, dataset, confirmed, artifacts or (), ranking)
         further = further if further is not None and further.is_file() else None
         plots, without = embeddings(dataset, analysis, further, results.path("attribute"), wanted, points)
     too_small = results.stages.get("analyze", {}).get("facts", {}).get("too_small") or ()
@@ -175,7 +175,11 @@ def _scores(run_dir: Path, row: Mapping[str, Any]) -> dict[int, float]:
 
 
 def _wanted(
-    results: Results, confirmed: Sequence[Artifact], artifacts: Sequence[Artifact], ranking: Any
+    results: Results,
+    dataset: ImageDataset,
+    confirmed: Sequence[Artifact],
+    artifacts: Sequence[Artifact],
+    ranking: Any,
 ) -> dict[int, Wanted]:
     """Return what is to be shown of each class: those of the artifacts first, then by the ranking."""
     wanted: dict[int, Wanted] = {}
@@ -193,8 +197,9 @@ def _wanted(
         if artifact.passed or rejected[artifact.class_index] <= _FIRST_CANDIDATE:
             scores = _scores(results.run_dir, {"scores": f"artifacts/{artifact.id}/scores.csv"})
             if scores:
+                of_class = np.flatnonzero(dataset.labels == artifact.class_index).tolist()
                 plot = wanted.setdefault(artifact.class_index, Wanted())
-                plot.scores[f"artifact score of {artifact.id}"] = scores
+                plot.scores[f"artifact score of {artifact.id}"] = {i: scores[i] for i in of_class if i in scores}
     return wanted
 
 
