@@ -47,12 +47,13 @@ class Effect:
     control_flip_rate : float
         The same with content from the class's images without the artifact, at the same place.
     logit_gain : float
-        Mean rise of the class's logit when the artifact is added, minus the control's.
+        Mean rise of the class's logit, against the mean of the others', when the artifact is added, minus the
+        control's.
     p_value : float
         One-sided exact McNemar test of artifact against control, image by image.
     removal_cost : float
-        Mean fall of the class's logit when the artifact is replaced in its own samples, minus the fall when the
-        same is done to the class's samples without it.
+        Mean fall of the class's logit, against the mean of the others', when the artifact is removed from its own
+        samples, minus the fall when the same is done to the class's samples without it.
     removal_p_value : float
         One-sided Mann-Whitney test of that.
     n : int
@@ -173,7 +174,7 @@ def measure_effect(
     typical = donors.median(dim=0).values
     cost = removal_cost(predict, artifact, target, carriers, typical)
     control_cost = removal_cost(predict, artifact, target, donors, typical)
-    gains = (added - control)[:, target]
+    gains = (margin(added, target) - margin(control, target)).float()
     differences = flips.float() - control_flips.float()
     moved = None
     if artifact.bound_to_a_place and shows:
@@ -205,6 +206,16 @@ def _no_stronger(images: Tensor, change: Artifact, artifact: Artifact, draws: np
     return images + strength[:, None, None, None] * (changed - images)
 
 
+def margin(logits: Tensor, target: int) -> Tensor:
+    """Return by how much the target's logit exceeds the mean of the others', (n,).
+
+    What raises or lowers all logits alike, as a loss of contrast does, moves no prediction and does not count.
+    """
+    n_classes = logits.shape[1]
+    own = logits[:, target]
+    return own - (logits.sum(dim=1) - own) / max(1, n_classes - 1)
+
+
 def bootstrap(seed: int, values: Tensor, others: Tensor | None = None) -> list[float]:
     """Return the 95 % interval of a mean, or of the difference of two means: quantiles of 2,000 bootstrap samples.
 
@@ -231,7 +242,7 @@ def _cost_elsewhere(
     if not artifact.bound_to_a_place or isinstance(artifact, Reversible):
         return None
     holes = elsewhere(artifact.found(carriers), seed)
-    return float((predict(carriers) - predict(filled(carriers, holes, typical)))[:, target].mean())
+    return float((margin(predict(carriers), target) - margin(predict(filled(carriers, holes, typical)), target)).mean())
 
 
 def sample_bias(scores: np.ndarray, carries: np.ndarray, right: np.ndarray) -> SampleBias:
@@ -256,7 +267,7 @@ def sample_bias(scores: np.ndarray, carries: np.ndarray, right: np.ndarray) -> S
 
 
 def removal_cost(predict: Predictor, artifact: Artifact, target: int, images: Tensor, typical: Tensor) -> Tensor:
-    """Return by how much each image's target logit falls when the artifact is removed.
+    """Return by how much each image's `margin` falls when the artifact is removed.
 
     Parameters
     ----------
@@ -272,7 +283,7 @@ def removal_cost(predict: Predictor, artifact: Artifact, target: int, images: Te
     Tensor
         (n,).
     """
-    return (predict(images) - predict(removed(artifact, images, typical)))[:, target]
+    return margin(predict(images), target) - margin(predict(removed(artifact, images, typical)), target)
 
 
 def verdict(

@@ -123,10 +123,12 @@ def _fit(x: np.ndarray, member: np.ndarray, others: np.ndarray, penalty: float) 
 
 
 def split(scores: np.ndarray, member: np.ndarray) -> float:
-    """Return the threshold between the two parts of a mixture of normal distributions, fitted from the members on.
+    """Return the threshold between the two parts that scores fall into.
 
-    It is where both are equally likely, between their means; halfway where there is no such place.
+    It is halfway between two: where both parts of a mixture of normal distributions, fitted from the members on, are
+    equally likely, which a broad part draws away from itself too far, and Otsu's, which a small part draws to itself.
     """
+    from skimage.filters import threshold_otsu
     from sklearn.mixture import GaussianMixture
 
     values = scores[:, None]
@@ -147,7 +149,8 @@ def split(scores: np.ndarray, member: np.ndarray) -> float:
     grid = np.linspace(mixture.means_[low, 0], mixture.means_[high, 0], 201)
     likely = mixture.predict_proba(grid[:, None])[:, high] > 0.5
     between = np.flatnonzero(likely)
-    return float(grid[between[0]] if len(between) and not likely.all() else grid.mean())
+    likelier = grid[between[0]] if len(between) and not likely.all() else grid.mean()
+    return float((likelier + threshold_otsu(scores)) / 2)
 
 
 def inner_features(model: nn.Module, layers: list[str], x: Tensor) -> Tensor:

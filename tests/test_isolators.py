@@ -1,0 +1,293 @@
+"""Isolators of every kind on clusters that were made of known parts: opacity, colour, shape, change of the image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spray.data.planting import Plant
+from spray.isolation import choice
+from spray.isolation.artifact import Artifact
+from spray.isolation.blended import isolate_blended, isolate_veil
+from spray.isolation.changed import Background, Changed, isolate_background, isolate_change, smoothed
+from spray.isolation.choice import ISOLATORS, Trial, natural_changes, separation, tried
+from spray.isolation.evidence import Evidence
+from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
+from spray.isolation.scattered import isolate_scattered, peaks, windows
+from spray.isolation.statistics import BANDS, discriminant, radial_power, statistics
+from spray.pipelines.isolated import load_artifact, save_artifact
+
+SIDE = 32
+N, REST = 80, 160
+
+
+def scenes(n: int, seed: int) -> Tensor:
+    """Smooth random pictures with fine structure, quantised as images are."""
+    rng = np.random.default_rng(seed)
+    sizes = ((4, 0.4), (12, 0.3), (SIDE, 0.3))
+    parts = [(torch.from_numpy(rng.random((n, 3, side, side))).float(), weight) for side, weight in sizes]
+    grown = [w * nn.functional.interpolate(part, size=(SIDE, SIDE), mode="bilinear") for part, w in parts]
+    return (sum(grown) * 255).round() / 255
+
+
+class World:
+    """A cluster that carries a planted artifact, with heatmaps that show it, and the rest of its class."""
+
+    def __init__(self, **options: object) -> None:
+        self.plant = Plant.from_config({"class": 0} | options, ("a", "b"), (3, SIDE, SIDE))
+        self.clean = scenes(N, 1)
+        self.images, self.opacity = self.plant.mark(self.clean, [f"{i}" for i in range(N)])
+        self.other = scenes(REST, 2)
+        noise = [
+            torch.from_numpy(np.random.default_rng(s).normal(0.05, 0.1, (n, SIDE, SIDE))).float()
+            for s, n in ((3, N), (4, REST))
+        ]
+        seen = self.opacity if self.plant.kind not in ("brightness", "tint", "noise", "blur") else 0 * self.opacity
+        self.evidence = Evidence(self.images, noise[0] + seen, self.other, noise[1])
+
+
+def overlap(found: Tensor, truth: Tensor) -> Tensor:
+    found, truth = found > 0.5 * found.max(), truth > 0.5 * truth.max()
+    return (found & truth).flatten(1).sum(1) / (found | truth).flatten(1).sum(1)
+
+
+def test_a_blend_of_the_whole_image_is_found_with_opacity_and_colour() -> None:
+    world = World(kind="tint", color=[1.0, 0.0, 0.0], strength=0.4)
+    change = isolate_change(world.evidence)
+    assert change is not None
+    torch.testing.assert_close(change.gain, torch.full((3,), 0.6), atol=0.06, rtol=0)
+    torch.testing.assert_close(change.offset, torch.tensor([0.4, 0.0, 0.0]), atol=0.04, rtol=0)
+    assert change.opacity == pytest.approx(0.4, abs=0.06)
+    assert change.blur == 0
+    assert change.noise < 0.02
+    truth = world.plant.mark(world.other, [f"{i}" for i in range(REST)])[0]
+    added = change.insert(world.other, np.arange(REST))
+    assert (added - truth).abs().mean() < 0.15 * (world.other - truth).abs().mean()
+    assert (change.without(truth) - world.other).abs().mean() < 0.05
+    assert separation(change.score(world.images), change.score(world.other)) > 0.99
+
+
+def test_an_impure_cluster_changes_the_estimate_little() -> None:
+    world = World(kind="brightness", strength=0.4)
+    images = torch.cat([world.images[:68], scenes(12, 9)])
+    change = isolate_change(Evidence(images, world.evidence.relevance, world.other, world.evidence.other_relevance))
+    assert change is not None
+    torch.testing.assert_close(change.gain, torch.full((3,), 0.6), atol=0.12, rtol=0)
+
+
+def test_noise_is_measured_and_each_draw_has_its_own() -> None:
+    world = World(kind="noise", strength=0.4)
+    change = isolate_change(world.evidence)
+    assert change is not None
+    # Evenly distributed noise of 0.4 of the range has the standard deviation 0.4 / √12.
+    assert change.noise == pytest.approx(0.4 / np.sqrt(12), rel=0.25)
+    same = world.other[:1].expand(2, -1, -1, -1)
+    first, second = change.insert(same, np.array([1, 2]))
+    assert (first - second).abs().mean() > 0.02
+    assert torch.equal(change.insert(same, np.array([1, 2]))[0], first)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 1.5])
+def test_blur_is_measured(sigma: float) -> None:
+    world = World(kind="blur", size=round(4 * sigma))
+    change = isolate_change(world.evidence)
+    assert change is not None
+    assert change.blur == pytest.approx(sigma, rel=0.35)
+    assert change.noise == 0
+    added = radial_power(change.insert(world.other, np.arange(REST))).mean(dim=0)
+    truth, before = radial_power(world.images).mean(dim=0), radial_power(world.other).mean(dim=0)
+    assert (added - truth)[: BANDS - 2].abs().mean() < 0.5 * (before - truth)[: BANDS - 2].abs().mean()
+
+
+def test_no_change_is_no_artifact() -> None:
+    maps = torch.ones(N, SIDE, SIDE)
+    evidence = Evidence(scenes(N, 5), maps, scenes(N, 6), maps)
+    assert isolate_change(evidence) is None
+    assert isolate_colored(evidence) is None
+    assert isolate_uncolored(evidence) is None
+
+
+def test_the_background_alone_changes() -> None:
+    found = isolate_change(World(kind="tint").evidence)
+    assert found is not None
+    background = Background(*(getattr(found, name) for name in Changed.__dataclass_fields__))
+    images = torch.full((1, 3, SIDE, SIDE), 0.2)
+    images[:, :, 10:20, 10:20] = 0.9
+    changed, region = background.add(images, np.zeros(1, dtype=int))
+    assert torch.equal(changed[:, :, 10:20, 10:20], images[:, :, 10:20, 10:20])
+    assert (region[0, 0, :10] == 1).all()
+    assert (changed[:, 0, :10] > 0.3).all()
+    assert isolate_background(World(kind="background", strength=0.9).evidence) is not None
+
+
+def test_a_watermark_is_found_with_its_opacity() -> None:
+    world = World(kind="watermark", size=6, jitter=2)
+    found = isolate_blended(world.evidence)
+    assert found is not None
+    assert overlap(found.found(world.images)[:, 0], world.opacity).mean() > 0.8
+    assert found.opacity == pytest.approx(0.4, abs=0.15)
+    assert separation(found.score(world.images), found.score(world.other)) > 0.98
+    back = found.without(world.images)
+    assert (back - world.clean).abs().mean() < 0.6 * (world.images - world.clean).abs().mean()
+
+
+def test_a_vignette_is_a_veil_that_darkens_the_corners() -> None:
+    world = World(kind="vignette", jitter=0, strength=0.8)
+    found = isolate_veil(world.evidence)
+    assert found is not None
+    truth = world.opacity[0]
+    assert np.corrcoef(found.mask.flatten(), truth.flatten())[0, 1] > 0.9
+    assert float((found.mask - truth).abs().mean()) < 0.12
+    assert float(found.pattern.max()) < 0.25
+
+
+@pytest.mark.parametrize("kind", ["frame", "stripe", "box", "band_aid"])
+def test_shapes_of_one_colour_are_found_in_each_image(kind: str) -> None:
+    size, jitter = (10, 2) if kind == "band_aid" else (4, 2)
+    world = World(kind=kind, size=size, jitter=jitter)
+    found = isolate_colored(world.evidence)
+    assert found is not None
+    truth = world.opacity.clone()
+    assert overlap(found.found(world.images)[:, 0], truth).mean() > (0.6 if kind == "band_aid" else 0.9)
+    color = torch.tensor(world.plant.color)
+    torch.testing.assert_close(found.color, color, atol=0.03, rtol=0)
+    # The donors keep the variation: their mattes differ.
+    mask, content = found.placed(np.arange(8))
+    assert len({tuple(m.flatten().tolist()) for m in mask}) > 1
+    assert (content - color[:, None, None]).abs()[mask.expand_as(content) > 0.99].max() < 0.05
+    assert separation(found.score(world.images), found.score(world.other)) > 0.98
+
+
+def test_text_of_a_colour_of_its_own_in_each_image() -> None:
+    world = World(kind="timestamp", size=6, jitter=1)
+    found = isolate_uncolored(world.evidence)
+    assert found is not None
+    assert overlap(found.found(world.images)[:, 0], world.opacity).mean() > 0.8
+    assert separation(found.score(world.images), found.score(world.other)) > 0.98
+    assert found.color.isnan().all()
+
+
+def test_content_that_lies_anywhere() -> None:
+    world = World(kind="tag", size=6, place="random")
+    found = isolate_scattered(world.evidence)
+    assert found is not None
+    assert overlap(found.found(world.images)[:, 0], world.opacity).mean() > 0.9
+    assert separation(found.score(world.images), found.score(world.other)) > 0.99
+    mask, _ = found.placed(np.arange(N))
+    assert overlap(mask[:, 0], world.opacity).mean() > 0.9
+    assert not found.bound_to_a_place
+
+
+def test_windows_follow_the_peaks() -> None:
+    maps = torch.zeros(2, 20, 24)
+    maps[0, 3, 4], maps[1, 15, 20] = 1.0, 2.0
+    assert peaks(maps).tolist() == [[3, 4], [15, 20]]
+    cut = windows(maps[:, None], peaks(maps), 8)
+    assert cut.shape == (2, 1, 8, 8)
+    assert cut[0, 0, 4, 4] == 1
+    assert cut[1, 0, 4, 4] == 2
+
+
+def test_content_that_always_differs_has_donors() -> None:
+    opacity = torch.zeros(SIDE, SIDE)
+    opacity[4:12, 4:12] = 1
+    noise = [
+        torch.from_numpy(np.random.default_rng(s).normal(0.05, 0.1, (n, SIDE, SIDE))).float()
+        for s, n in ((3, N), (4, REST))
+    ]
+    found = isolate_donated(Evidence(scenes(N, 1), noise[0] + opacity, scenes(REST, 2), noise[1]))
+    assert found is not None
+    assert not found.constant
+    mask, content = found.placed(np.arange(2))
+    torch.testing.assert_close(content, scenes(N, 1)[:2], atol=1e-3, rtol=0)
+    assert ((mask > 0) & (mask < 1)).any()
+
+
+KINDS = {
+    "tag": ({"kind": "tag"}, {"local"}),
+    "frame": ({"kind": "frame", "size": 3, "jitter": 1}, {"colored"}),
+    "watermark": ({"kind": "watermark"}, {"blended"}),
+    "tint": ({"kind": "tint"}, {"change", "veil"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_right_explanation_wins_and_survives_the_disk(kind: str, tmp_path: Path) -> None:
+    options, expected = KINDS[kind]
+    world = World(**options)
+    marked = statistics(world.images)
+    w, b = discriminant(marked, statistics(world.other))
+
+    def predict(images: Tensor) -> Tensor:
+        score = statistics(images) @ w + b
+        return torch.stack([0.5 - score, score - 0.5], dim=1)
+
+    trials = tried(world.evidence, 1, lambda images: (statistics(images) @ w + b).numpy(), predict, scenes(40, 8), 0)
+    assert trials[0].isolator in expected
+    artifact = trials[0].artifact
+    save_artifact(tmp_path / "artifact.npz", artifact)
+    again = load_artifact(tmp_path / "artifact.npz")
+    assert type(again) is type(artifact)
+    some = scenes(6, 7)
+    assert torch.equal(again.insert(some, np.arange(6)), artifact.insert(some, np.arange(6)))
+    assert torch.equal(again.score(some), artifact.score(some))
+    changed, opacity = again.add(some, np.arange(6))
+    assert torch.equal(changed, again.insert(some, np.arange(6)))
+    assert opacity.shape == (6, 1, SIDE, SIDE)
+    assert ((changed == some).all(dim=1, keepdim=True) | (opacity > 0)).all()
+    assert 0 <= changed.min() <= changed.max() <= 1
+
+
+def test_controls_change_images_by_as_much() -> None:
+    change = isolate_change(World(kind="tint").evidence)
+    assert change is not None
+    some, donors = scenes(10, 7), scenes(10, 8)
+    control = change.insert(some, np.arange(10), donors)
+    strength = [
+        (images - some).square().mean(dim=(1, 2, 3)).sqrt() for images in (change.insert(some, np.arange(10)), control)
+    ]
+    assert (strength[1] <= strength[0] + 1e-5).all()
+    # It goes towards the donor's mean colour, whose content does not come along.
+    mean = donors.mean(dim=(2, 3), keepdim=True)
+    assert ((control - some) * (mean - some)).min() >= -1e-6
+
+
+def test_natural_changes_are_those_of_groups_of_the_rest() -> None:
+    world = World(kind="brightness")
+    rest = world.other.clone()
+    rest[::2] = 0.5 * rest[::2]
+    evidence = Evidence(world.images, world.evidence.relevance, rest, world.evidence.other_relevance)
+    change = isolate_change(evidence)
+    assert change is not None
+    trial = Trial("change", change, 1.0, 1.0, 1.0, 0.5, 0.1)
+    found = natural_changes(trial, evidence, 0)
+    assert found
+    assert any(float(c.gain.mean()) < 0.8 for c in found if isinstance(c, Changed))
+    local = Trial(
+        "local",
+        Artifact(torch.ones(2, 2), torch.ones(3, 2, 2), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True),
+        1.0,
+        1.0,
+        1.0,
+        0.5,
+        0.1,
+    )
+    assert natural_changes(local, evidence, 0) == []
+
+
+def test_smoothing_is_scipys() -> None:
+    from scipy.ndimage import gaussian_filter
+
+    image = scenes(1, 0)
+    expected = gaussian_filter(image[0, 1].numpy(), 1.3, mode="mirror", radius=4)
+    np.testing.assert_allclose(smoothed(image, 1.3)[0, 1].numpy(), expected, atol=1e-5)
+
+
+def test_isolators_are_in_order_of_simplicity() -> None:
+    assert next(iter(ISOLATORS)) == "local"
+    assert list(ISOLATORS)[-1] == "donated"
+    assert choice.separation(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])) == pytest.approx(0.875)
