@@ -11,17 +11,23 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from spray.correction.base import CONTROL
 from spray.correction.choice import costs
+from spray.correction.layers import INPUT
+from spray.correction.wrapped import MODEL, Projected
 from spray.pipelines.context import Context
 from spray.pipelines.isolated import load_findings
 from spray.pipelines.recheck import GONE, LEFT, recheck
 from spray.storage import read_json
 from spray.verification import share_of
+
+if TYPE_CHECKING:
+    from spray.pipelines.config import SprayConfig
 
 FOLDER = "rounds"
 LOOK = ("train", "attribute", "analyze", "rank", "isolate")
@@ -192,12 +198,48 @@ def corrected(run_dir: Path, method: str) -> Path:
 def _round_context(context: Context, weights: Path, number: int) -> Context:
     """Return a context for a round; it goes no further by itself."""
     part = context.with_model(weights, context.run_dir / FOLDER / str(number))
+    config = inside(part.config, context.load_model(weights))
     part.config = replace(
-        part.config,
-        correction=replace(part.config.correction, rounds=1),
-        verify=replace(part.config.verify, recheck=False, ceiling=False),
+        config,
+        correction=replace(config.correction, rounds=1),
+        verify=replace(config.verify, recheck=False, ceiling=False),
     )
     return part
+
+
+def inside(config: SprayConfig, model: nn.Module) -> SprayConfig:
+    """Return a configuration whose layers have the names that they have in a corrected model.
+
+    Where no weights stand for a correction there is a module around the model, and its layers are `model.NAME` then.
+
+    Parameters
+    ----------
+    config : SprayConfig
+        With the layers' names in the architecture.
+    model : nn.Module
+        The corrected model.
+    """
+    prefix = ""
+    while isinstance(model, Projected):
+        model, prefix = model.model, prefix + MODEL
+    if not prefix:
+        return config
+    names = {name for name, _ in model.named_modules() if name}
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(each) for each in value]
+        if isinstance(value, dict):
+            return {renamed(key): each for key, each in value.items()}
+        return prefix + value if isinstance(value, str) and value.removesuffix(INPUT) in names else value
+
+    attribution, analysis = config.attribution, config.analysis
+    return replace(
+        config,
+        attribution=replace(attribution, layer=renamed(attribution.layer), composite=renamed(attribution.composite)),
+        analysis=replace(analysis, source=renamed(analysis.source)),
+        correction=replace(config.correction, layer=renamed(config.correction.layer)),
+    )
 
 
 def _run(part: Context, asked: Sequence[str]) -> None:

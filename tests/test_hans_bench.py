@@ -45,7 +45,8 @@ def test_every_kind_fits_in_every_set(dataset: str, kind: str) -> None:
     shape = (3 if dataset == "photos64" else 1, side, side)
     for arm in ("planted", "everywhere"):
         cell = Cell(dataset, 1, arm, kind, 0.2)
-        assert 0 <= cell.target < n
+        assert cell.target in SETS[dataset].targets
+        assert max(SETS[dataset].targets) < n
         given = dict(item.removeprefix("dataset.plant.").split("=") for item in cell.plant())
         (plant,) = read_plants(given, None, [f"c{i}" for i in range(n)], shape)
         assert plant.target == (cell.target if arm == "planted" else None)

@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 import small
 import torch
+from torch import nn
 
+from spray.correction import Projected, Projection
 from spray.pipelines import recheck, rounds
+from spray.pipelines.config import SprayConfig
 from spray.pipelines.context import Context
 
 CLASSES = ("coffee", "skin", "stone")
@@ -34,6 +37,7 @@ OPTIONS = (
     "model.learning_rate=5e-3",
     "model.batch_size=16",
     "analysis.umap=false",
+    "isolate.per_class=1",
     "device=cpu",
     STAGES,
 )
@@ -63,7 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         f"model.factory={small.write_model(folder)}:build",
     ]
     found = World(options, folder)
-    for name, more in (("useless", (*USELESS, "correction.rounds=3")), ("useful", (*USEFUL, "correction.rounds=3"))):
+    for name, more in (("useless", (*USELESS, "correction.rounds=2")), ("useful", (*USEFUL, "correction.rounds=2"))):
         said = found.run(name, *more)
         assert (said.code, said.err) == (0, "")
     return found
@@ -71,25 +75,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def test_a_useless_correction_leaves_the_artifact_until_the_rounds_are_used_up(world: World) -> None:
     said = world.json("useless")
-    assert [row["round"] for row in said["rounds"]] == [1, 2, 3, 4]
-    assert [row["run_dir"] for row in said["rounds"]] == [".", "rounds/2", "rounds/3", "rounds/4"]
+    assert [row["round"] for row in said["rounds"]] == [1, 2, 3]
+    assert [row["run_dir"] for row in said["rounds"]] == [".", "rounds/2", "rounds/3"]
     assert all(len(row["artifacts"]) == 1 for row in said["rounds"])
-    # The fourth only looks.
-    assert [row["chosen"] for row in said["rounds"]] == [*["fine_tuned"] * 3, None]
-    assert not (world.folder / "useless/rounds/4/corrected").exists()
-    assert said["final"] == {"round": 3, "method": "fine_tuned", "weights": "rounds/3/corrected/fine_tuned.pt"}
-    assert list(said["recheck"]) == ["a01", "2/a01", "3/a01"]
+    # The third only looks.
+    assert [row["chosen"] for row in said["rounds"]] == ["fine_tuned", "fine_tuned", None]
+    assert not (world.folder / "useless/rounds/3/corrected").exists()
+    assert said["final"] == {"round": 2, "method": "fine_tuned", "weights": "rounds/2/corrected/fine_tuned.pt"}
+    assert list(said["recheck"]) == ["a01", "2/a01"]
     for row in said["recheck"].values():
         assert row["verdict"] == "left"
         assert row["after"]["jaccard"] > 0.5
-    assert list(said["models"]) == ["original", "fine_tuned", "round_2", "round_3"]
-    for number in (2, 3):
-        folder = world.folder / f"useless/rounds/{number}"
-        for file in ("run.json", "model.pt", "attributions.h5", "analysis.h5", "ranking.json", "artifacts.json"):
-            assert (folder / file).is_file(), file
-        assert (folder / "corrected/fine_tuned.pt").is_file()
-        assert (folder / "verification.json").is_file()
-        assert (folder / ".hydra/config.yaml").is_file()
+    assert list(said["models"]) == ["original", "fine_tuned", "round_2"]
+    folder = world.folder / "useless/rounds/2"
+    for file in ("run.json", "model.pt", "attributions.h5", "analysis.h5", "ranking.json", "artifacts.json"):
+        assert (folder / file).is_file(), file
+    for file in ("corrected/fine_tuned.pt", "verification.json", ".hydra/config.yaml"):
+        assert (folder / file).is_file(), file
 
 
 def test_each_round_explains_the_model_that_the_one_before_chose(world: World) -> None:
@@ -173,7 +175,7 @@ def test_rounds_of_an_earlier_configuration_are_removed_and_corrections_kept(wor
     assert world.json("copied")["final"]["round"] == 1
 
 
-@pytest.mark.parametrize("stage", ["rank", "correct"])
+@pytest.mark.parametrize("stage", ["rank", pytest.param("correct", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_in_round_2_goes_on_there(
     world: World, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -193,14 +195,14 @@ def test_a_run_that_is_stopped_in_round_2_goes_on_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "STAGE", replace(module.STAGE, run=stop))
-        said = world.run(name, *USELESS, "correction.rounds=3", "verify.n_explained=499")
+        said = world.run(name, *USELESS, "correction.rounds=2", "verify.n_explained=499")
         assert said.code == 130
     record = world.json(f"{name}/rounds/2", "run.json")["stages"]
     assert record["attribute"]["status"] == "done"
     assert record[stage]["status"] == "failed"
     kept = world.folder / name / "rounds/2/attributions.h5"
     before = kept.stat().st_mtime_ns
-    said = world.run(name, *USELESS, "correction.rounds=3")
+    said = world.run(name, *USELESS, "correction.rounds=2")
     assert said.code == 0
     assert kept.stat().st_mtime_ns == before
     assert world.json(name) == world.json("useless")
@@ -208,7 +210,7 @@ def test_a_run_that_is_stopped_in_round_2_goes_on_there(
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_in_round_2_goes_on_there(world: World) -> None:
-    command = [sys.executable, "-m", "spray.pipelines.cli", *world.options, *USELESS, "correction.rounds=3"]
+    command = [sys.executable, "-m", "spray.pipelines.cli", *world.options, *USELESS, "correction.rounds=2"]
     command += [f"run_dir={world.folder / 'killed'}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     record = world.folder / "killed/rounds/2/run.json"
@@ -222,10 +224,27 @@ def test_a_run_that_is_killed_in_round_2_goes_on_there(world: World) -> None:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    said = world.run("killed", *USELESS, "correction.rounds=3")
+    said = world.run("killed", *USELESS, "correction.rounds=2")
     assert said.code == 0
     assert world.json("killed")["recheck"] == world.json("useless")["recheck"]
     assert world.json("killed")["rounds"] == world.json("useless")["rounds"]
+
+
+@pytest.mark.slow
+def test_a_projected_model_is_looked_at_and_corrected_again(world: World) -> None:
+    weak = ["correction.methods=[p_clarc]", "correction.layer='4'", "correction.strength={p_clarc: 0.02}"]
+    # An inner layer goes by its name in the architecture, however many projections are around it.
+    weak += ["attribution.layer=['4']"]
+    said = world.run("projected", *weak, *USELESS[1:], "correction.rounds=2")
+    assert (said.code, said.err) == (0, "")
+    found = world.json("projected")
+    assert [row["chosen"] for row in found["rounds"]] == ["p_clarc", "p_clarc", None]
+    # Two projections around each other by now.
+    state = torch.load(world.folder / "projected" / found["final"]["weights"], weights_only=True)
+    assert any(key.startswith("model.projections.") for key in state)
+    assert {row["verdict"] for row in found["recheck"].values()} == {"left"}
+    models = found["models"]
+    assert models["round_2"]["attacked_accuracy"] >= models["original"]["attacked_accuracy"]
 
 
 def test_what_cannot_be_is_told(world: World) -> None:
@@ -249,6 +268,23 @@ def test_the_plan_tells_of_rounds_and_ceiling(world: World) -> None:
     assert "second model" not in once
     assert "rounds/" not in world.run("planned", "plan=true", "verify.recheck=false").out
     assert not (world.folder / "planned").exists()
+
+
+def test_layers_have_other_names_in_a_projected_model() -> None:
+    inner = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model: nn.Module = inner
+    for prefix in ("", "model."):
+        model = Projected(model, [Projection(f"{prefix}1", torch.eye(4)[:1], torch.zeros(1))])
+    config = SprayConfig()
+    config.attribution.layer, config.attribution.composite = ["1", "other"], {"conv": "z_plus", "0": "epsilon"}
+    config.analysis.source, config.correction.layer = "1", "2:in"
+    found = rounds.inside(config, model)
+    assert found.attribution.layer == ["model.model.1", "other"]
+    assert found.attribution.composite == {"conv": "z_plus", "model.model.0": "epsilon"}
+    assert (found.analysis.source, found.correction.layer) == ("model.model.1", "model.model.2:in")
+    assert config.attribution.layer == ["1", "other"]
+    assert rounds.inside(config, inner) is config
+    assert rounds.inside(SprayConfig(), model).correction.layer == "auto"
 
 
 def cluster(jaccard: float, q: float, separability: float) -> dict[str, Any]:
