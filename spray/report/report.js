@@ -4,13 +4,12 @@
 function save(name, format, rows) {
   const text = format === "csv" ? csv(rows) : JSON.stringify(rows, null, 1) + "\n";
   const type = format === "csv" ? "text/csv;charset=utf-8" : "application/json";
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], { type }));
-  link.download = name + "." + format;
+  const address = URL.createObjectURL(new Blob([text], { type }));
+  const link = Object.assign(document.createElement("a"), { href: address, download: name + "." + format });
   document.body.append(link);
   link.click();
   link.remove();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  setTimeout(() => URL.revokeObjectURL(address), 10000);
 }
 
 // RFC 4180; every text stands in quotes, whatever is in it.

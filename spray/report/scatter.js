@@ -65,7 +65,7 @@ function scatter(panel) {
   let width = 0, height = 0, chosen = -1, shown = null, way = ways[0], path = null, adding = false;
 
   sprite.addEventListener("load", () => { if (chosen >= 0) describe(chosen); showThumbs(); });
-  sprite.src = data.sprite;
+  Object.assign(sprite, { src: data.sprite });
 
   const px = i => margin + xs[i] / 65535 * (width - 2 * margin);
   const py = i => height - margin - ys[i] / 65535 * (height - 2 * margin);
