@@ -36,7 +36,10 @@ RULE = (
     "highest accuracy under the isolated artifacts, on one half of the test images, among the corrections that cost no "
     "clean accuracy there"
 )
-LEAST = "every correction costs clean accuracy on one half of the test images; this one costs least"
+LEAST = (
+    "every correction costs clean accuracy on one half of the test images; of this one clean accuracy and that under "
+    "the isolated artifacts are highest together"
+)
 
 
 @dataclass(frozen=True)
@@ -104,18 +107,19 @@ def choose(labels: np.ndarray, hits: Mapping[str, Hits], seed: int, max_loss: fl
     """
     half = half_of(np.asarray(labels), seed)
     reference, methods = hits["original"], [name for name in hits if name != "original"]
+    # The control corrects nothing; where it is all that there is, it is what the next round goes on with.
+    corrections = [name for name in methods if name != CONTROL] or methods
     tried: dict[str, Any] = {
         name: {"clean_accuracy": float(hit.clean[half].mean()), "attacked_accuracy": hit.attacked_accuracy(half)}
         for name, hit in hits.items()
     }
     for name in methods:
         tried[name]["allowed"] = not costs(reference.clean[half], hits[name].clean[half], max_loss)
-    allowed = [name for name in methods if tried[name]["allowed"]]
-    # Where two are equal the control is not the one that is wanted.
+    allowed = [name for name in corrections if tried[name]["allowed"]]
     best = (
-        max(allowed, key=lambda name: (tried[name]["attacked_accuracy"], name != CONTROL))
+        max(allowed, key=lambda name: tried[name]["attacked_accuracy"])
         if allowed
-        else max(methods, key=lambda name: (tried[name]["clean_accuracy"], name != CONTROL))
+        else max(corrections, key=lambda name: tried[name]["attacked_accuracy"] + tried[name]["clean_accuracy"])
     )
     return {
         "method": best,
@@ -159,7 +163,7 @@ def look_again(context: Context, chosen: dict[str, Any] | None) -> Again:
         return Again({"recheck": {}, "rounds": [], "final": None})
     rounds = [_round(context.run_dir, context.run_dir, 1, chosen)]
     models: dict[str, Path] = {}
-    final = {"round": 1, "method": chosen["method"]}
+    final = {"round": 1, "method": chosen["method"], "within_limit": chosen["within_limit"]}
     number, here, last = 1, context, None
     while number < options.correction.rounds or options.verify.recheck:
         number += 1
@@ -176,7 +180,7 @@ def look_again(context: Context, chosen: dict[str, Any] | None) -> Again:
         if next_chosen is None or not next_chosen["within_limit"]:
             context.log.info("round %d: every correction costs clean accuracy; the model before it stays", number)
             break
-        final = {"round": number, "method": next_chosen["method"]}
+        final = {"round": number, "method": next_chosen["method"], "within_limit": True}
         models[f"round_{number}"] = corrected(last, final["method"])
         here = part
     _remove(context.run_dir, number)

@@ -81,7 +81,8 @@ def test_a_useless_correction_leaves_the_artifact_until_the_rounds_are_used_up(w
     # The third only looks.
     assert [row["chosen"] for row in said["rounds"]] == ["fine_tuned", "fine_tuned", None]
     assert not (world.folder / "useless/rounds/3/corrected").exists()
-    assert said["final"] == {"round": 2, "method": "fine_tuned", "weights": "rounds/2/corrected/fine_tuned.pt"}
+    weights = "rounds/2/corrected/fine_tuned.pt"
+    assert said["final"] == {"round": 2, "method": "fine_tuned", "within_limit": True, "weights": weights}
     assert list(said["recheck"]) == ["a01", "2/a01"]
     for row in said["recheck"].values():
         assert row["verdict"] == "left"
@@ -106,7 +107,9 @@ def test_a_useful_correction_ends_the_loop(world: World) -> None:
     said = world.json("useful")
     assert len(said["rounds"]) == 2
     assert said["rounds"][1] == {"round": 2, "run_dir": "rounds/2", "artifacts": [], "chosen": None}
-    assert said["final"] == {"round": 1, "method": "a_clarc", "weights": "corrected/a_clarc.pt"}
+    assert (said["final"]["round"], said["final"]["method"]) == (1, "a_clarc")
+    assert said["final"]["weights"] == "corrected/a_clarc.pt"
+    assert said["final"]["within_limit"] == said["chosen"]["within_limit"]
     (row,) = said["recheck"].values()
     assert row["verdict"] in ("gone", "no_effect")
     assert row["before"]["jaccard"] > 0.9
@@ -345,15 +348,16 @@ def test_what_the_other_half_shows_has_no_say() -> None:
     assert rounds.choose(labels, models, 0, 0.005)["method"] == "two"
 
 
-def test_where_all_cost_clean_accuracy_the_cheapest_is_chosen_and_said_to_be_too_dear() -> None:
+def test_where_all_cost_clean_accuracy_the_best_of_both_is_chosen_and_said_to_be_too_dear() -> None:
     labels = np.arange(4000) % 4
     models = {"original": hits(labels, 0.9, 0.2, 0), "a": hits(labels, 0.7, 0.9, 1), "b": hits(labels, 0.8, 0.3, 2)}
     chosen = rounds.choose(labels, models, 0, 0.005)
-    assert (chosen["method"], chosen["within_limit"]) == ("b", False)
-    assert "costs least" in chosen["why"]
+    assert (chosen["method"], chosen["within_limit"]) == ("a", False)
+    assert "highest together" in chosen["why"]
 
 
-def test_between_equals_the_control_is_not_chosen() -> None:
+def test_the_control_is_chosen_only_where_there_is_nothing_else() -> None:
     labels = np.arange(400) % 4
-    same = hits(labels, 0.9, 0.5, 1)
-    assert rounds.choose(labels, {"original": same, "fine_tuned": same, "dfr": same}, 0, 0.005)["method"] == "dfr"
+    good, bad = hits(labels, 0.9, 0.9, 1), hits(labels, 0.9, 0.1, 2)
+    assert rounds.choose(labels, {"original": bad, "fine_tuned": good, "dfr": bad}, 0, 0.005)["method"] == "dfr"
+    assert rounds.choose(labels, {"original": bad, "fine_tuned": good}, 0, 0.005)["method"] == "fine_tuned"
