@@ -223,8 +223,9 @@ def _artifact(part: Any, artifact: Artifact) -> None:
     from matplotlib.colors import ListedColormap, Normalize
 
     chosen = [tile for group in artifact.galleries[:1] for tile in group.tiles[:_EXAMPLES]]
-    near = [tile for group in artifact.galleries[2:3] for tile in group.tiles[:2]]
-    axes = part.subplots(3, 1 + len(chosen) + len(near), squeeze=False)
+    near = [tile for group in artifact.galleries[1:] if group.title.startswith("Near") for tile in group.tiles[:2]]
+    # As many columns for each artifact, so that their pictures are of one size.
+    axes = part.subplots(3, 1 + _EXAMPLES + 2, squeeze=False)
     limit = artifact.limit or 0.0
     for ax in axes.ravel():
         ax.set(xticks=[], yticks=[])
