@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import small
 import test_report as pages
+import test_sweep_index as sweeps
 
 from spray.pipelines import isolate
 from spray.report import render
+from spray.report.index import read_runs, render_index
 
 pytestmark = [browser.needed, pytest.mark.slow]
 
@@ -405,3 +407,18 @@ def test_files_of_a_real_run_agree_with_its_report(chromium, runs):
         seen.assert_quiet()
     figures = {path.name for path in (runs / "found" / "figures").iterdir()}
     assert {"ranking.png", "accuracies.pdf", "artifacts.png", "causal_effects.pdf"} <= figures
+
+
+@pytest.mark.parametrize("width", [390, 820, 1280])
+def test_page_of_a_sweep_opens_quietly_and_leads_to_the_reports(chromium, tmp_path, width):
+    name = "seed=0,a=" + "b" * 120
+    sweeps.write_run(tmp_path, name, ["seed=0", f"dataset.train={'/long' * 40}"], class_name=pages.HOSTILE)
+    sweeps.write_run(tmp_path, "seed=1", ["seed=1", "dataset.train=<i>x"], analyze="failed", isolate="pending")
+    file = tmp_path / "index.html"
+    file.write_text(render_index(tmp_path, read_runs(tmp_path)), encoding="utf-8")
+    with browser.opened(chromium, file, width, color_scheme="dark") as seen:
+        assert seen.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        assert "1 of 2 runs found an artifact, 1 failed." in seen.page.locator("h1").inner_text()
+        seen.assert_quiet()
+        seen.page.get_by_role("link", name="Run 1").click()
+        assert seen.page.url == (tmp_path / name / "report.html").as_uri()
