@@ -64,6 +64,48 @@ def clusters_of(cell: Cell, out: Path) -> dict[str, Any]:
     return result
 
 
+def repeated_of(cell: Cell, out: Path) -> list[dict[str, Any]]:
+    """Return what is repeated in the images of each class of a run, as rows like those of clusters, computed once."""
+    path = out / cell.name / "repeated.json"
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        if kept["version"] == VERSION:
+            return kept["rows"]
+    import h5py
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    from spray.analysis import repeated
+    from spray.analysis.content import spread_evenly
+    from spray.analysis.preprocessing import Preprocessing
+    from spray.analysis.scoring import content_candidate, distinct_samples
+
+    torch.set_num_threads(1)
+    context = context_of(cell, out)
+    with h5py.File(out / cell.name / "attributions.h5") as file:
+        relevance = file["attribution"][:].astype(np.float32)
+    truth = np.zeros(len(relevance), dtype=bool)
+    truth[json.loads((out / cell.name / "cell.json").read_text())["samples"]] = True
+    rows: list[dict[str, Any]] = []
+    with threadpool_limits(1):
+        for c in range(len(context.train.classes)):
+            index = np.flatnonzero(context.train.labels == c)
+            maps = relevance[index]
+            others = spread_evenly(np.flatnonzero(context.train.labels != c), repeated.OTHERS)
+            images, elsewhere = (context.train.batch(which).numpy() for which in (index, others))
+            features = Preprocessing(PLACE).features(lambda maps=maps: [maps], len(maps)).values
+            first = distinct_samples(features)
+            for number, found in enumerate(repeated.repeated_content(images, maps[:, 0], elsewhere), start=1):
+                x = content_candidate(c, f"repeated-{number:02d}/0", features, found, first)
+                if x is not None:
+                    facts = _facts(x.cluster, "repeated", c, x.member, truth[index])
+                    numbers = {"tau": x.separability, "distinct": x.distinct, "n": x.n, "evidence": x.evidence}
+                    rows.append({**facts, **numbers, "auroc": _auroc(x.projection, truth[index])})
+    path.with_suffix(".part").write_text(json.dumps({"version": VERSION, "rows": rows}))
+    path.with_suffix(".part").rename(path)
+    return rows
+
+
 def labelings(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the spectral embedding and its clusterings, as the stage makes them."""
     from spray.analysis import cluster, spectral_embedding
@@ -231,6 +273,8 @@ def main() -> int:
     draws = [(kind, number) for kind in KINDS for number in range(options.structureless)]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(clusters_of, there, [options.out] * len(there)))
+        for result, rows in zip(results, pool.map(repeated_of, there, [options.out] * len(there)), strict=True):
+            result["rows"] += rows
         nothing = list(pool.map(structureless, *zip(*draws, strict=True), [options.out] * len(draws))) if draws else []
         relying = [i for i, run in enumerate(results) if rank_tables.relies(run)]
         if not options.ready:

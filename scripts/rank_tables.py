@@ -33,9 +33,21 @@ def ours(views: Sequence[str], kinds: Sequence[str]) -> Method:
     """Rank by cross-fitted separability in some views, with some kinds of further evidence."""
 
     def rank(run: dict[str, Any]) -> Ranking:
-        rows = [row for row in run["rows"] if row["view"] in views]
+        taken = {*views, *({"repeated"} & set(kinds))}
+        rows = [row for row in run["rows"] if row["view"] in taken]
+        member = np.zeros(0, dtype=bool)
         found = [
-            Candidate(r["c"], r["cluster"], np.zeros(0, bool), r["tau"], r["distinct"], r["n"], None, r["evidence"])
+            Candidate(
+                r["c"],
+                r["cluster"],
+                member,
+                r["tau"],
+                r["distinct"],
+                r["n"],
+                None,
+                r["evidence"],
+                of_heatmaps=r["view"] != "repeated",
+            )
             for r in rows
         ]
         of_class, of_cluster = judge(found, range(run["n_classes"]), kinds)
@@ -59,10 +71,10 @@ def by(view: str, key: Callable[[dict[str, Any]], float]) -> Method:
 
 
 ALL = ("place", "scaled", "peak")
-SHIPPED = ("content",)
+SHIPPED = ("repeated", "content")
 METHODS: dict[str, Method] = {
     "this ranking": ours(ALL, SHIPPED),
-    "this ranking, clusters by place only": ours(("place",), SHIPPED),
+    "this ranking, clusters of heatmaps only": ours(ALL, ("content",)),
     "plain Fisher score": by("plain", lambda row: row["tau"]),
     "largest cluster": by("plain", lambda row: row["size"]),
     "smallest cluster": by("plain", lambda row: -row["size"]),
@@ -78,6 +90,10 @@ ABLATION: dict[str, Method] = {
     "content, place + scaled": ours(("place", "scaled"), ("content",)),
     "content, place + peak": ours(("place", "peak"), ("content",)),
     "content, all": ours(ALL, ("content",)),
+    "repeated, place": ours(("place",), ("repeated",)),
+    "repeated, all": ours(ALL, ("repeated",)),
+    "repeated + content, place": ours(("place",), SHIPPED),
+    "repeated + content, all": ours(ALL, SHIPPED),
     **{
         f"content + {kind}, all": ours(ALL, ("content", kind))
         for kind in ("confidence", "concentration", "stability", "held_out")
@@ -107,11 +123,11 @@ def relies(run: dict[str, Any]) -> bool:
 def calibration(clean: Sequence[dict[str, Any]], structureless: Sequence[dict[str, Any]]) -> str:
     rows = []
     for name in dict.fromkeys(run["dataset"] for run in [*structureless, *clean]):
-        for method in ("this ranking", "this ranking, clusters by place only"):
+        for method in ("this ranking", "this ranking, clusters of heatmaps only"):
             runs = [run for run in [*structureless, *clean] if run["dataset"] == name]
             p_values = [p for run in runs for p in (METHODS[method](run).p_values or {}).values()]
             rows.append([name, method, len(runs), *_called(p_values)])
-    for method in ("this ranking", "this ranking, clusters by place only"):
+    for method in ("this ranking", "this ranking, clusters of heatmaps only"):
         p_values = [p for run in clean for p in (METHODS[method](run).p_values or {}).values()]
         rows.append(["all clean models", method, len(clean), *_called(p_values)])
     return _table(["data", "ranking", "models", "classes", "called at 0.05", "share [95 %]", "at 0.01", "at 0.2"], rows)
@@ -224,7 +240,7 @@ def misses(planted: Sequence[dict[str, Any]]) -> str:
     for run in planted:
         found = find(run, METHODS["this ranking"](run))
         if relies(run) and found.class_rank > 1:
-            own = [row for row in run["rows"] if row["c"] == run["target"] and row["view"] in ALL]
+            own = [row for row in run["rows"] if row["c"] == run["target"] and row["view"] in (*ALL, "repeated")]
             best = max(own, key=lambda row: 2 * row["hits"] / (row["size"] + row["planted"]))
             lines.append(
                 f"- {run['dataset']}, {run['place']}, {run['rate']:.0%}, seed {run['seed']}, class {run['target']}: "

@@ -41,6 +41,12 @@ def test_relevance_may_look_at_something_else_more() -> None:
     np.testing.assert_array_equal(repeated_content(images, distracted, others())[0].member, member)
 
 
+def test_relevance_may_speak_against_the_mark() -> None:
+    images, maps, member = marked(20, fixed=False)
+    signed = (np.where(member[:, None, None], -maps, 0) + 2 * hot(anywhere(N, seed=8))).astype(np.float32)
+    np.testing.assert_array_equal(repeated_content(images, signed, others())[0].member, member)
+
+
 def test_where_no_relevance_is_nothing_is_sought() -> None:
     images, _, _ = marked(20, fixed=True)
     elsewhere = hot(np.full((N, 2), 20)).astype(np.float32)

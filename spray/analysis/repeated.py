@@ -25,13 +25,15 @@ SIDE = 64
 SHARES = (0.12, 0.17, 0.23)
 """Sides of the windows that are tried, of the image's shorter one."""
 
-PEAKS = 4
-"""Places of each heatmap that windows are cut out at."""
+PEAKS, AGAINST = 4, 2
+"""Places of each heatmap that windows are cut out at: with the most relevance for the class, and against it.
 
-SOURCES, MATCHED, OTHERS = 300, 800, 400
+A mark that a model hasn't learned is evidence against every class, and found by that."""
+
+SOURCES, MATCHED, OTHERS = 300, 400, 400
 """Most samples that windows are cut out of, and that are searched for them; of the other classes together."""
 
-KEPT, SIFTED = 12, 32
+KEPT, SIFTED = 12, 16
 """Windows of each side whose copies are searched for everywhere; images of other classes that they are chosen with."""
 
 MOST = 10_000
@@ -117,7 +119,8 @@ def repeated_content(
         return []
     others = others[spread_evenly(np.arange(len(others)), OTHERS)]
     matched = spread_evenly(np.arange(len(images)), MATCHED)
-    peaks = separate_peaks(relevance[matched])
+    maps = relevance[matched]
+    peaks = np.concatenate([separate_peaks(maps, PEAKS), separate_peaks(-maps, AGAINST)], axis=1)
     found: list[Repeated] = []
     for side in sorted({_odd(share * min(images.shape[2:])) for share in SHARES}):
         templates = _promising(images[matched], peaks, others, side, device)
@@ -137,7 +140,7 @@ def repeated_content(
     return list(_distinct(sorted(found, key=lambda each: -each.strength)))
 
 
-def separate_peaks(relevance: np.ndarray, number: int = PEAKS, sigma: float = 1.0) -> np.ndarray:
+def separate_peaks(relevance: np.ndarray, number: int, sigma: float = 1.0) -> np.ndarray:
     """Return where each heatmap (n, H, W) has most positive relevance, int64 (n, number, 2), a tenth of it apart."""
     blurred = gaussian_filter(np.maximum(relevance, 0).astype(np.float32), (0, sigma, sigma))
     n, height, width = blurred.shape
