@@ -58,10 +58,10 @@ def test_rates_gains_and_costs_are_exactly_those_of_the_predictor() -> None:
     assert result.logit_gain == pytest.approx(0.7, abs=1e-5)
     assert result.n == 10
     assert result.p_value == pytest.approx(stats.binomtest(6, 6, alternative="greater").pvalue)
-    # In carriers 0.9 becomes 0.2; in donors 0.2 becomes 0.2.
-    assert result.removal_cost == pytest.approx(0.7, abs=1e-5)
+    # In-painted from what is around them, 0.9 becomes 0.1 in carriers and 0.2 becomes 0.1 in donors.
+    assert result.removal_cost == pytest.approx(0.7, abs=1e-4)
     assert result.removal_p_value == pytest.approx(
-        stats.mannwhitneyu([0.7] * 8, [0.0] * 5, alternative="greater").pvalue
+        stats.mannwhitneyu([0.8] * 8, [0.1] * 5, alternative="greater").pvalue
     )
 
 
@@ -134,8 +134,9 @@ def test_removal_happens_where_the_artifact_is_in_each_image() -> None:
         seen.append(images)
         return torch.zeros(len(images), 2)
 
-    removal_cost(predict, found, 1, moved, pictures([0.2], [0.4]) * 0 + 0.3, 0)
-    assert (seen[1][0, 0, 3:7, 1:5] == 0.3).all()
+    removal_cost(predict, found, 1, moved, torch.full((1, SIDE, SIDE), 0.3))
+    # In-painted from its surroundings, which are 0.1.
+    torch.testing.assert_close(seen[1][0, 0, 3:7, 1:5], torch.full((4, 4), 0.1), atol=1e-4, rtol=0)
     outside = torch.ones(SIDE, SIDE, dtype=torch.bool)
     outside[3:7, 1:5] = False
     assert torch.equal(seen[1][0, 0][outside], moved[0, 0][outside])
@@ -229,9 +230,80 @@ def test_holm_keeps_the_error_of_the_family() -> None:
 def test_the_removal_cost_is_that_of_carriers_beyond_that_of_the_control() -> None:
     donors = pictures([0.1, 0.3, 0.6, 0.8], [0.4] * 4)
     carriers = pictures([0.9] * 8, [0.4] * 8)
-    costs = [removal_cost(by_region, artifact(0.9), 1, images, donors, 3) for images in (carriers, donors)]
+    typical = donors.median(dim=0).values
+    costs = [removal_cost(by_region, artifact(0.9), 1, images, typical) for images in (carriers, donors)]
     assert abs(float(costs[1].mean())) > 0.01
     result = effect(donors=donors, carriers=carriers, seed=3)
     assert result.removal_cost == pytest.approx(float(costs[0].mean() - costs[1].mean()), abs=1e-6)
     expected = stats.mannwhitneyu(costs[0], costs[1], alternative="greater").pvalue
     assert result.removal_p_value == pytest.approx(float(expected))
+
+
+def test_intervals_hold_what_they_say() -> None:
+    result = effect(others=pictures([0.0] * 60, [0.5] * 36 + [0.95] * 24))
+    assert result.flip_rate_interval[0] < 0.6 < result.flip_rate_interval[1]
+    assert result.effect_interval[0] < result.flip_rate - result.control_flip_rate < result.effect_interval[1]
+    # Every image gains the same: the interval of the mean is a point.
+    assert result.logit_gain_interval == pytest.approx([0.7, 0.7], abs=1e-4)
+    assert result.removal_cost_interval == pytest.approx([0.7, 0.7], abs=1e-3)
+
+
+def test_bootstrap_intervals_are_as_wide_as_theory_says() -> None:
+    values = torch.from_numpy(np.random.default_rng(0).normal(3, 2, 400))
+    low, high = causal.bootstrap(0, values)
+    assert high - low == pytest.approx(2 * 1.96 * float(values.std()) / 20, rel=0.1)
+    others = torch.from_numpy(np.random.default_rng(1).normal(1, 2, 400))
+    low, high = causal.bootstrap(0, values, others)
+    assert low < float(values.mean() - others.mean()) < high
+    assert high - low == pytest.approx(2 * 1.96 * np.hypot(float(values.std()), float(others.std())) / 20, rel=0.1)
+
+
+def test_elsewhere_the_same_content_moves_a_model_that_looks_at_a_place_less() -> None:
+    result = effect(others=pictures([0.0] * 60, [0.5] * 60))
+    assert result.flip_rate == 1
+    assert result.elsewhere_flip_rate == 0
+
+
+def test_natural_changes_are_the_control_where_they_are_given() -> None:
+    # The control is as strong as the artifact where it is the artifact.
+    result = effect(controls=[artifact(0.9)])
+    assert result.control_flip_rate == result.flip_rate == pytest.approx(0.6)
+    weaker = effect(controls=[artifact(0.3)])
+    assert weaker.control_flip_rate == 0
+
+
+def test_what_raises_all_logits_alike_is_no_gain() -> None:
+    logits = torch.tensor([[1.0, 4.0, 2.0], [0.0, 0.0, 3.0]])
+    torch.testing.assert_close(causal.margin(logits, 1), torch.tensor([2.5, -1.5]))
+    torch.testing.assert_close(causal.margin(logits + 5, 1), causal.margin(logits, 1))
+
+
+def bias(separation: float = 0.97, accuracy: float = 0.5, rest: float = 0.9, p: float = 0.001) -> causal.SampleBias:
+    return causal.SampleBias(separation, accuracy, rest, p)
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "expected"),
+    [
+        (make(flip=0.1), bias(), "sample_bias"),
+        (make(flip=0.1), bias(separation=0.8), "no_effect"),
+        (make(flip=0.1), bias(accuracy=0.7), "no_effect"),
+        (make(flip=0.1), bias(p=0.02), "no_effect"),
+        (make(flip=0.1), None, "no_effect"),
+        # What moves other classes is an artifact, however the model does on its samples.
+        (make(), bias(), "clever_hans"),
+    ],
+)
+def test_a_kind_of_sample_that_the_model_fails_on_is_a_bias(
+    found: Effect, kind: causal.SampleBias | None, expected: str
+) -> None:
+    assert verdict(found, True, 0.001, 0.001, kind) == expected
+
+
+def test_sample_bias_counts_the_models_mistakes() -> None:
+    carries = np.arange(100) < 20
+    right = np.ones(100, dtype=bool)
+    right[:12] = right[95:] = False
+    found = causal.sample_bias(carries + np.linspace(0, 0.1, 100), carries, right)
+    assert (found.separation, found.accuracy, found.rest_accuracy) == (1, 0.4, pytest.approx(0.9375))
+    assert found.p_value == pytest.approx(float(stats.fisher_exact([[8, 12], [75, 5]], alternative="less")[1]))

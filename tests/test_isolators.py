@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_a_blend_of_the_whole_image_is_found_with_opacity_and_colour() -> None:
 
 def test_an_impure_cluster_changes_the_estimate_little() -> None:
     world = World(kind="brightness", strength=0.4)
-    images = torch.cat([world.images[:68], scenes(12, 9)])
+    images = torch.cat([world.images[:72], scenes(8, 9)])
     change = isolate_change(Evidence(images, world.evidence.relevance, world.other, world.evidence.other_relevance))
     assert change is not None
     torch.testing.assert_close(change.gain, torch.full((3,), 0.6), atol=0.12, rtol=0)
@@ -114,7 +115,7 @@ def test_no_change_is_no_artifact() -> None:
 def test_the_background_alone_changes() -> None:
     found = isolate_change(World(kind="tint").evidence)
     assert found is not None
-    background = Background(*(getattr(found, name) for name in Changed.__dataclass_fields__))
+    background = Background(*(getattr(found, field.name) for field in fields(found)))
     images = torch.full((1, 3, SIDE, SIDE), 0.2)
     images[:, :, 10:20, 10:20] = 0.9
     changed, region = background.add(images, np.zeros(1, dtype=int))

@@ -20,10 +20,8 @@ FEWEST = 4
 """Fewest samples that an artifact is isolated from."""
 MOST = 0.8
 """Largest share of a class that carries an artifact: more, and there is no rest to compare it with."""
-RIDGE = 0.1
-"""Penalty on the squared weights of standardised features, of which there may be more than samples."""
 FREE = 1e-3
-"""The same for few features that are scores themselves."""
+"""Penalty on the squared weights of few features that are scores themselves."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Scorer:
 
 
 def grow(
-    features: np.ndarray, member: np.ndarray, null: np.ndarray, seed: int, penalty: float = RIDGE
+    features: np.ndarray, member: np.ndarray, null: np.ndarray, seed: int, penalty: float | None = None
 ) -> tuple[Scorer, np.ndarray, np.ndarray]:
     """Grow a cluster to all samples of its class that are like it, and drop those of it that are not.
 
@@ -67,8 +65,9 @@ def grow(
         (m, d), of samples of other classes: they are no carriers, and weigh as much as the rest of the class.
     seed : int
         Of the folds.
-    penalty : float
-        `RIDGE` or `FREE`.
+    penalty : float, optional
+        On the squared weights of standardised features. Where nothing is said it is what shrinks their covariance by as
+        much as Ledoit and Wolf (2004) find best: there may be more features than samples.
 
     Returns
     -------
@@ -79,8 +78,13 @@ def grow(
     carries : ndarray of bool
         (n,): which of them carry it.
     """
+    from sklearn.covariance import ledoit_wolf_shrinkage
+
     center, spread = features.mean(axis=0), features.std(axis=0) + 1e-6
     x, others = ((part - center) / spread for part in (features, null))
+    if penalty is None:
+        shrinkage = min(float(ledoit_wolf_shrinkage(np.concatenate([x, others]))), 0.99)
+        penalty = shrinkage / (1 - shrinkage)
     folds = np.random.default_rng([seed, 11]).permutation(len(x)) % FOLDS
     scores = np.zeros(len(x))
     for _ in range(ROUNDS):

@@ -1,0 +1,71 @@
+"""Growing a cluster to all samples like it: on features whose truth is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spray.isolation import growing
+from spray.isolation.growing import FREE, grow, inner_features, split
+
+
+def cloud(seed: int, n: int, d: int, shift: float) -> np.ndarray:
+    features = np.random.default_rng(seed).normal(0, 1, (n, d))
+    features[:, : 3 + d // 50] += shift
+    return features
+
+
+@pytest.mark.parametrize("d", [5, 60, 700])
+def test_an_impure_half_of_the_carriers_grows_to_all_of_them(d: int) -> None:
+    carriers, rest, null = cloud(0, 60, d, 6.0), cloud(1, 240, d, 0.0), cloud(2, 200, d, 0.0)
+    features, truth = np.concatenate([carriers, rest]), np.arange(300) < 60
+    member = np.zeros(300, dtype=bool)
+    member[:36] = True
+    member[290:] = True
+    scorer, scores, carries = grow(features, member, null, 0)
+    assert (carries & truth).sum() / carries.sum() >= 0.95
+    assert (carries & truth).sum() / truth.sum() >= 0.95
+    assert np.median(scores[truth]) == pytest.approx(1, abs=0.15)
+    assert np.median(scores[~truth]) == pytest.approx(0, abs=0.1)
+    assert (scorer(null) > scorer.threshold).mean() <= 0.02
+    assert (scorer(cloud(3, 100, d, 6.0)) > scorer.threshold).mean() >= 0.95
+
+
+def test_scores_of_samples_come_from_fits_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Noise with more features than samples: fitted on all, everything separates; held out, nothing does.
+    features, null = cloud(0, 100, 400, 0.0), cloud(1, 100, 400, 0.0)
+    member = np.arange(100) < 30
+    monkeypatch.setattr(growing, "ROUNDS", 0)
+    fitted = grow(features, member, null, 0)[0](features)
+    assert (fitted[member][:, None] > fitted[~member]).mean() > 0.9
+    monkeypatch.setattr(growing, "ROUNDS", 1)
+    scores = grow(features, member, null, 0)[1]
+    assert 0.3 < (scores[member][:, None] > scores[~member]).mean() < 0.7
+
+
+def test_the_seed_decides() -> None:
+    features, null = cloud(0, 80, 10, 0.5), cloud(1, 50, 10, 0.0)
+    member = np.arange(80) < 30
+    first, second = (grow(features, member, null, 7, FREE)[1] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_the_split_lies_in_the_gap() -> None:
+    rng = np.random.default_rng(0)
+    for n in (10, 60, 200):
+        scores = np.concatenate([rng.normal(0, 0.1, 300), rng.normal(1, 0.1, n)])
+        assert 0.25 < split(scores, np.arange(300 + n) >= 300) < 0.75
+    assert split(np.ones(10), np.arange(10) < 5) == 1
+
+
+def test_inner_features_are_means_and_maxima_of_channels() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    inner = model[1](model[0](x)).detach()
+    found = inner_features(model, ["1", "3:in"], x)
+    expected = torch.cat([inner.mean(dim=(2, 3)), inner.amax(dim=(2, 3)), inner.flatten(1)], dim=1)
+    torch.testing.assert_close(found, expected)
+    assert not model._forward_hooks
