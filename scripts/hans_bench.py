@@ -30,7 +30,13 @@ import hans_rows
 import hans_tables
 from hans_cells import ARMS, CLEAN_SEEDS, KINDS, METHODS, RATES, SEEDS, SETS, Cell
 
-QUICK = ("model.epochs=8", "dataset.per_class=200", "correction.epochs=3", "isolate.n_tested=200")
+QUICK = (
+    "model.epochs=8",
+    "dataset.per_class=200",
+    "correction.epochs=3",
+    "isolate.n_tested=200",
+    "isolate.per_class=1",
+)
 QUICK_CELLS = (Cell("photos32", 0, "planted", "tag", 0.2), Cell("photos32", 0))
 QUICK_METHODS = ("a_clarc",)
 
