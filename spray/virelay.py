@@ -16,10 +16,13 @@ import yaml
 
 from spray.data.base import ImageDataset
 from spray.storage import replacing, write_json, write_text
+from spray.store import open_attributions
 from spray.store.disk import closing, new_file
 from spray.store.shards import write_chunk
 
 Progress = Callable[[Iterable[np.ndarray], int, str], Iterable[np.ndarray]]
+LARGEST_COPY = 2 << 30
+"""Bytes of heatmaps of one channel that are copied for ViRelAy, before compression."""
 
 
 def category(class_index: int) -> str:
@@ -51,7 +54,9 @@ def export(
     Parameters
     ----------
     folder : Path
-        Gets `project.yaml`, `label-map.json` and `dataset.h5`.
+        Gets `project.yaml`, `label-map.json` and `dataset.h5`; and, where heatmaps have one channel, of which ViRelAy
+        can't draw all by themselves, `attributions.h5` with three: the relevance and zeros, unless that were
+        larger than `LARGEST_COPY`.
     dataset : ImageDataset
         The samples that row i of the attributions belongs to. Grey images are repeated to three channels,
         since ViRelAy shows no others.
@@ -80,6 +85,8 @@ def export(
         raise ValueError(f"ViRelAy shows grey and RGB images, not {dataset.image_shape[0]} channels")
     folder = Path(folder)
     _write_dataset(folder / "dataset.h5", dataset, batch_size, progress)
+    if attributions is not None and _has_one_channel(attributions):
+        attributions = _with_three_channels(attributions, folder / "attributions.h5", batch_size)
     write_json(folder / "label-map.json", label_map(dataset.classes))
     description = project(
         title=title,
@@ -157,6 +164,32 @@ def _write_dataset(path: Path, dataset: ImageDataset, batch_size: int, progress:
             write_chunk(
                 file.create_dataset("label", data.shape[:1], "<u2", chunks=data.shape[:1]), 0, 0, labels.tobytes()
             )
+
+
+def _has_one_channel(attributions: Path) -> bool:
+    with open_attributions(attributions) as file:
+        rows = file.attribution
+        return rows.shape[1] == 1 and len(rows) * rows[:1].nbytes <= LARGEST_COPY
+
+
+def _with_three_channels(attributions: Path, path: Path, batch_size: int) -> Path:
+    """Write heatmaps (N, 1, H, W) as (N, 3, H, W), whose sum over channels they are, with labels and logits."""
+    with open_attributions(attributions) as source, replacing(path) as temporary:
+        rows = source.attribution
+        shape = (3, *rows.shape[2:])
+        file = new_file(temporary)
+        with closing(file):
+            data = file.create_dataset(
+                "attribution", (len(rows), *shape), rows.dtype, chunks=(1, *shape), compression="gzip"
+            )
+            for start in range(0, len(rows), batch_size):
+                for index, heatmap in enumerate(rows[start : start + batch_size], start=start):
+                    padded = np.concatenate([heatmap, np.zeros((2, *shape[1:]), rows.dtype)])
+                    write_chunk(data, index, 0, zlib.compress(padded.tobytes(), 1))
+            for name, values in (("label", source.label[:]), ("prediction", source.prediction[:])):
+                table = file.create_dataset(name, values.shape, values.dtype, chunks=values.shape)
+                write_chunk(table, 0, 0, np.ascontiguousarray(values).tobytes())
+    return path
 
 
 def _relative(path: Path | None, folder: Path) -> str | None:
