@@ -101,6 +101,8 @@ def _judge(candidates: list[Candidate]) -> None:
         candidate.verdict = verdict(
             candidate.effect, candidate.artifact.constant, p_value, removal_p_value, candidate.bias
         )
+        if not candidate.trials[0].explains and candidate.verdict != "sample_bias":
+            candidate.verdict = "no_effect"
 
 
 def _distinct(candidates: list[Candidate]) -> list[Candidate]:

@@ -292,3 +292,13 @@ def test_isolators_are_in_order_of_simplicity() -> None:
     assert next(iter(ISOLATORS)) == "local"
     assert list(ISOLATORS)[-1] == "donated"
     assert choice.separation(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])) == pytest.approx(0.875)
+
+
+@pytest.mark.parametrize(
+    ("isolator", "likeness", "expected"), [("change", 0.7, False), ("change", 0.9, True), ("local", 0.3, True)]
+)
+def test_a_change_of_the_whole_image_has_to_make_the_rest_look_like_the_cluster(
+    isolator: str, likeness: float, expected: bool
+) -> None:
+    some = Artifact(torch.ones(2, 2), torch.ones(3, 2, 2), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
+    assert Trial(isolator, some, likeness, 1.0, 1.0, 0.9, 0.1).explains is expected

@@ -50,6 +50,16 @@ SIMPLER = 0.01
 """An isolator has to be better by so much than the one before it."""
 
 
+WHOLE = ("veil", "change", "background")
+"""Isolators that explain a cluster by a change of the whole image."""
+LIKE_ENOUGH = 0.8
+"""Least likeness of what such a change makes of the rest.
+
+Images of a class differ as wholes without any artifact, and a change fitted to a natural group moves models, too; but
+what it makes does not look like the group.
+"""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One explanation of a cluster, fitted on half of it, and the evidence for it on the other half.
@@ -79,6 +89,11 @@ class Trial:
     separation: float
     flip_rate: float
     control_flip_rate: float
+
+    @property
+    def explains(self) -> bool:
+        """Whether the cluster is what was added: always assumed of what has a place, content or shape of its own."""
+        return self.isolator not in WHOLE or self.likeness >= LIKE_ENOUGH
 
     @property
     def evidence(self) -> float:
@@ -162,7 +177,7 @@ def natural_changes(trial: Trial, evidence: Evidence, seed: int) -> list[Artifac
     from sklearn.cluster import KMeans
 
     rest, maps = evidence.other_images, evidence.other_relevance
-    if trial.isolator not in ("veil", "change", "background") or len(rest) < 8 * GROUPS:
+    if trial.isolator not in WHOLE or len(rest) < 8 * GROUPS:
         return []
     features = statistics(rest)
     features = (features - features.mean(dim=0)) / (features.std(dim=0) + 1e-6)
