@@ -33,6 +33,7 @@ COLUMNS: dict[str, str] = {
     "hit_at_1": "whether it is the first",
     "reciprocal_rank": "1 / class_rank",
     "detected": "whether the first row of artifacts.json is of its class with a verdict other than no_effect",
+    "found": "whether the row taken for it has a verdict and most of its samples carry the artifact",
     "found_id": "the row of artifacts.json that is taken for it: of its class, a verdict first, then common samples",
     "verdict": "of that row",
     "isolated_kind": "of that row, as the isolation calls it",
@@ -65,7 +66,7 @@ COLUMNS: dict[str, str] = {
     "seconds": "for the whole run",
 }
 """The columns of the table, in this order, and what they mean."""
-VERSION = 1
+VERSION = 2
 """Raised when rows are computed in another way."""
 OF_TRUE_ARTIFACT = (
     "attacked_accuracy",
@@ -211,10 +212,11 @@ def _detection(
     detected = first is not None and first["class_index"] == truth["class_index"] and first["verdict"] != "no_effect"
     row = matching(candidates, truth)
     if row is None:
-        return {"detected": detected, "precision": 0.0, "recall": 0.0}
+        return {"detected": detected, "found": False, "precision": 0.0, "recall": 0.0}
     precision, recall = precision_recall(row["samples"], truth["samples"])
     found: dict[str, Any] = {
         "detected": detected,
+        "found": row["verdict"] != "no_effect" and precision >= OVERLAP,
         "found_id": row["id"],
         "verdict": row["verdict"],
         "isolated_kind": row.get("kind"),

@@ -47,8 +47,8 @@ def summary(rows: Sequence[Row], failed: Iterable[tuple[str, str]] = ()) -> str:
 def detection(cells: Sequence[Row]) -> str:
     """Return the table of what was found, for each set of images and kind, of the models that rely on it."""
     head = (
-        "set, kind, rates | models that rely on it | detected | hit@1 | reciprocal rank | precision | recall | AUROC | "
-        "average precision | IoU"
+        "set, kind, rates | models that rely on it | first | found | hit@1 | reciprocal rank | precision | recall | "
+        "AUROC | average precision | IoU"
     )
     lines = _head(head)
     for (dataset, kind), group in grouped(cells, "dataset", "kind").items():
@@ -61,7 +61,17 @@ def detection(cells: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-_FOUND = ("detected", "hit_at_1", "reciprocal_rank", "precision", "recall", "auroc", "average_precision", "iou")
+_FOUND = (
+    "detected",
+    "found",
+    "hit_at_1",
+    "reciprocal_rank",
+    "precision",
+    "recall",
+    "auroc",
+    "average_precision",
+    "iou",
+)
 
 
 def alarms(cells: Sequence[Row]) -> str:
@@ -79,8 +89,8 @@ def alarms(cells: Sequence[Row]) -> str:
 
 
 def corrections(rows: Sequence[Row]) -> str:
-    """Return the table of the corrections, of detected artifacts that a model relies on, against the ceiling."""
-    corrected = [row for row in rows if row.get("relies") and row.get("detected")]
+    """Return the table of the corrections, where the artifact was found and relied on, against the ceiling."""
+    corrected = [row for row in rows if row.get("relies") and row.get("found")]
     groups = grouped(corrected, "cell")
     lines = _head(
         "model | runs | clean | with the artifact | to the ceiling, points | clean lost, points | "
@@ -129,10 +139,11 @@ def misses(rows: Sequence[Row]) -> Iterable[str]:
             continue
         if row["false_alarms"]:
             yield f"{name}: {row['false_alarms']} verdicts that are not of the planted artifact"
-        if not row.get("detected"):
-            if row["kind"] != HARD:
-                what = row.get("verdict") or "no candidate"
-                yield f"{name}: not detected; its class has rank {row.get('class_rank')}, {what}"
+        if not row.get("detected") and row["kind"] != HARD:
+            what = row.get("verdict") or "no candidate"
+            said = "found, but not first" if row.get("found") else "not found"
+            yield f"{name}: {said}; its class has rank {row.get('class_rank')}, verdict {what}"
+        if not row.get("found"):
             continue
         for key, least in GOAL.items():
             demanded = row["rate"] >= LEAST_RATE or key not in ("precision", "recall")

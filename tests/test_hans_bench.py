@@ -116,7 +116,7 @@ def test_a_model_relies_only_beyond_what_the_ceiling_loses() -> None:
 def study() -> list[dict[str, Any]]:
     """Rows of two planted runs, one good and one that misses everything, and of a clean one."""
     cell = {"cell": "good", "dataset": "photos32", "arm": "planted", "kind": "tag", "rate": 0.2, "extent": "local"}
-    cell |= {"relies": True, "detected": True, "hit_at_1": True, "reciprocal_rank": 1.0, "class_rank": 1}
+    cell |= {"relies": True, "detected": True, "found": True, "hit_at_1": True, "reciprocal_rank": 1.0, "class_rank": 1}
     cell |= {"precision": 1.0, "recall": 0.95, "auroc": 0.99, "average_precision": 0.9, "iou": 0.7}
     cell |= {"false_alarms": 0, "n_candidates": 3, "chosen": "a_clarc", "recheck": "gone", "verdict": "backdoor"}
     cell |= {"clean_accuracy_of_others": 0.9, "attacked_accuracy_of_others": 0.2, "attacked_ceiling": 0.88}
@@ -147,6 +147,10 @@ def test_misses_are_listed_one_by_one() -> None:
         "bad: the artifact is found again in the corrected model",
         "clean: 1 false verdicts",
     ]
+    hidden = [row | {"detected": False, "found": False} for row in study() if row["cell"] == "good"]
+    assert list(hans_tables.misses(hidden)) == ["good: not found; its class has rank 1, verdict backdoor"]
+    second = [row | {"detected": False} for row in study() if row["cell"] == "good"]
+    assert list(hans_tables.misses(second)) == ["good: found, but not first; its class has rank 1, verdict backdoor"]
     idle = [row | {"relies": False} for row in study()]
     assert [miss for miss in hans_tables.misses(idle) if not miss.startswith("clean")] == []
 
@@ -154,7 +158,7 @@ def test_misses_are_listed_one_by_one() -> None:
 def test_tables_average_runs_not_models() -> None:
     text = hans_tables.summary(study(), [("worse", "no space")])
     assert "3 runs: 2 planted, 1 clean. 2 of 2 models rely on their artifact." in text
-    assert "| **all but blur** | 2 | 1.000 | 1.000 | 1.000 | 0.900 | 0.950 | 0.990 | 0.900 | 0.550 |" in text
+    assert "| **all but blur** | 2 | 1.000 | 1.000 | 1.000 | 1.000 | 0.900 | 0.950 | 0.990 | 0.900 | 0.550 |" in text
     assert "| photos32, clean | 1 | 1 (100 %) | 1.00 | 4 |" in text
     # 0.5 and 23 points to the ceiling, 0.3 and 2 points of clean accuracy.
     assert "| a_clarc | 2 | 0.889 | 0.762 | +11.8 | +1.2 | 1 of 2 | 1 of 2 |" in text
