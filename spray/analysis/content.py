@@ -162,7 +162,9 @@ def _spread(values: np.ndarray, member: np.ndarray) -> np.ndarray:
 
 def spread_evenly(indices: np.ndarray, most: int) -> np.ndarray:
     """Return at most so many of some indices (n,), spread evenly over them."""
-    return indices[:: max(1, -(-len(indices) // most))]
+    if len(indices) <= most:
+        return indices
+    return indices[np.linspace(0, len(indices) - 1, most).round().astype(np.int64)]
 
 
 def _ratio(distance: np.ndarray, member: np.ndarray) -> float:

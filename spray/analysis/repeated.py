@@ -8,7 +8,6 @@ then nothing for long. That gap is measured here, for windows cut out where rele
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +38,8 @@ KEPT, SIFTED = 12, 16
 MOST = 10_000
 """Most samples of a class whose images are searched."""
 
-CLEAR = 1.0
-"""Strength from which on a group counts: natural ones stay below 0.6 in the studies of `scripts/rank_bench.py`."""
+CLEAR = 1.5
+"""Strength from which on a group counts: most classes of clean models have none above 1.1 (`scripts/rank_bench.py`)."""
 
 COMPARED = 60
 """Images with a copy, and without one, whose surroundings are compared."""
@@ -48,8 +47,9 @@ COMPARED = 60
 FEWEST, LARGEST = 4, 0.65
 """Copies that there are at least; most of them, of the class."""
 
-OVERLAP = 0.5
-"""Share of common samples (Jaccard) from which on two groups are the same one."""
+OVERLAP, NEARLY = 0.5, 0.8
+"""Share of the smaller of two groups that the larger one has too, from which on they are the same one; share of the
+strength that a larger group needs to be preferred."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def repeated_content(
             strength = float(gaps[t]) - max(0.0, around)
             if strength >= CLEAR:
                 found.append(Repeated(templates[t], member, distance[t], place[t], strength))
-    return list(_distinct(sorted(found, key=lambda each: -each.strength)))
+    return _distinct(sorted(found, key=lambda each: -each.strength))
 
 
 def separate_peaks(relevance: np.ndarray, number: int, sigma: float = 1.0) -> np.ndarray:
@@ -277,17 +277,23 @@ def _differences(images: np.ndarray, source: np.ndarray, ways: np.ndarray, windo
     return (squares * used).sum(axis=(1, 2)) / np.maximum(used.sum(axis=(1, 2)), 1)
 
 
-def _distinct(found: list[Repeated]) -> Iterator[Repeated]:
-    """Yield the first of all that are found in about the same samples."""
-    kept: list[np.ndarray] = []
+def _distinct(found: list[Repeated]) -> list[Repeated]:
+    """Return one of all that are found in the same samples, or some of them: the clearest, or a larger one nearly so.
+
+    A window that shows only a part of the mark may have fewer copies.
+    """
+    kept: list[Repeated] = []
     for each in found:
-        if not any(_same(each.member, other) for other in kept):
-            kept.append(each.member)
-            yield each
+        same = next((i for i, other in enumerate(kept) if _same(each.member, other.member)), None)
+        if same is None:
+            kept.append(each)
+        elif each.member.sum() > kept[same].member.sum() and each.strength >= NEARLY * kept[same].strength:
+            kept[same] = each
+    return sorted(kept, key=lambda each: -each.strength)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool((a & b).sum() >= OVERLAP * (a | b).sum())
+    return bool((a & b).sum() >= OVERLAP * min(a.sum(), b.sum()))
 
 
 def _odd(length: float) -> int:
