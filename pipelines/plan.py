@@ -20,6 +20,7 @@ from spray.bulk.batch_size import find_batch_size
 from spray.pipelines.analysis_options import clusterings_of, projections_of
 from spray.pipelines.compute import COMPUTES
 from spray.pipelines.compute.base import choose_shard_size, layout_of
+from spray.pipelines.project import is_project
 from spray.pipelines.record import Record
 from spray.pipelines.runner import decide, find_inputs
 from spray.pipelines.stage import Stage
@@ -53,6 +54,9 @@ def print_plan(context: Context, asked: Sequence[str], stages: Mapping[str, Stag
     if "verify" in waiting:
         for line in further_runs(context):
             print(f"  {'':<10}{line}")
+    if is_project(context.config):
+        print(f"samples: {len(context.train)}, {len(context.train.classes)} classes")
+        return
     train, config = context.train, context.config
     print(f"samples: {len(train)} training, {len(context.test)} test, {len(train.classes)} classes")
     model = context.build_model()

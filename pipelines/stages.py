@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from spray.errors import UserError
+from spray.pipelines import project
 from spray.pipelines.stage import Stage
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def load(names: Iterable[str], config: SprayConfig | None = None) -> dict[str, S
             stage: Stage = import_module(f"spray.pipelines.{name}").STAGE
             if config is not None:
                 stage = replace(stage, needs=(*stage.needs, *stage.also_needs(config)))
+                if project.is_project(config):
+                    stage = project.substitute(stage, config)
             loaded[name] = stage
             waiting += stage.needs
     return {name: loaded[name] for name in (*NAMES, *ON_REQUEST) if name in loaded}

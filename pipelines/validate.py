@@ -16,6 +16,8 @@ from spray.bulk.keeping import DTYPES, kept_arrays
 from spray.errors import UserError
 from spray.pipelines.analysis_options import check_analysis, check_shapes
 from spray.pipelines.compute import COMPUTES
+from spray.pipelines.project import check as check_project
+from spray.pipelines.project import is_project
 from spray.store.layout import COMPRESSIONS
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
         if (value := _value(config, key)) not in allowed:
             raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
     check_plants(config)
+    if is_project(config):
+        check_project(config, stages)
     check_attribution(config)
     check_ranking(config)
     check_analysis(config, stages)
@@ -183,7 +187,7 @@ def try_out(context: Context, stages: Collection[str]) -> None:
         For the first mistake that is found.
     """
     _check_labels(context)
-    if not WITH_MODEL & set(stages):
+    if not WITH_MODEL & set(stages) or is_project(context.config):
         return
     from spray.models.loading import check_model
 

@@ -135,6 +135,21 @@ def _webdataset(options: DatasetOptions) -> tuple[ImageDataset, ImageDataset]:
     return validate(*webdataset(train, test, own, _image_size(options), options.check), options)
 
 
+@DATASETS.register("virelay")
+def _virelay(options: DatasetOptions) -> tuple[ImageDataset, ImageDataset]:
+    from spray.virelay_project import read_project
+
+    _read_options(options, "virelay", ("analysis",))
+    _refuse(options, ("test", "image_size"), "a project of ViRelAy has its own images")
+    if not options.train:
+        raise UserError("dataset.train is not set; give dataset.train=DIR/project.yaml of a project of ViRelAy")
+    images = read_project(options.train).images()
+    if len(images.classes) < 2:
+        raise UserError(f"{options.train} has samples of one class only ({images.classes[0]}); it takes at least two")
+    # There are no others, and nothing is tested on them.
+    return images, images
+
+
 @DATASETS.register("factory")
 def _factory(options: DatasetOptions) -> tuple[ImageDataset, ImageDataset]:
     from spray.data.factory_data import factory_data
