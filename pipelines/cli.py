@@ -205,6 +205,8 @@ def _run_job(config: DictConfig, settings: Any) -> None:
 
                     report_failure(context)
                 raise
+            if sys.stdout.isatty():
+                _show_summary(run_dir)
             _log.info("results in %s", run_dir)
         except (KeyboardInterrupt, Preempted) as stop:
             handler.handle(_log.makeRecord("spray", logging.INFO, __file__, 0, "stopped: %r", (stop,), None))
@@ -217,6 +219,18 @@ def _run_job(config: DictConfig, settings: Any) -> None:
             for name in ("spray", *LIBRARIES):
                 logging.getLogger(name).removeHandler(handler)
             handler.close()
+
+
+def _show_summary(run_dir: Path) -> None:
+    """Print what was found; whatever is wrong with that can't make a finished run a failed one."""
+    from spray.pipelines.summary import summary
+
+    try:
+        lines = summary(run_dir)
+    except Exception as error:
+        _log.debug("no summary: %r", error)
+        return
+    print("\n" + "\n".join(lines))
 
 
 def _write_config(folder: Path, config: DictConfig, settings: Any) -> None:
