@@ -20,6 +20,8 @@ from spray.pipelines.sweeps import ENDS, JobEnd, Task, lost_job, missing_launche
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from spray.pipelines.context import Context
+
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 _UNIQUE = f"{os.getpid()}-{secrets.token_hex(2)}"
@@ -205,6 +207,7 @@ def _run_job(config: DictConfig, settings: Any) -> None:
 
                     report_failure(context)
                 raise
+            _track(context)
             if sys.stdout.isatty():
                 _show_summary(run_dir)
             _log.info("results in %s", run_dir)
@@ -219,6 +222,19 @@ def _run_job(config: DictConfig, settings: Any) -> None:
             for name in ("spray", *LIBRARIES):
                 logging.getLogger(name).removeHandler(handler)
             handler.close()
+
+
+def _track(context: Context) -> None:
+    """Write what was found for the tracker; the results are there whatever becomes of that."""
+    from spray.pipelines.tracking import track
+
+    try:
+        folder = track(context)
+    except (OSError, RuntimeError, ValueError, UserError) as error:
+        _log.warning("tracker=%s could not be written: %s", context.config.tracker, " ".join(str(error).split()))
+        return
+    if folder is not None:
+        _log.info("tracker=%s: %s", context.config.tracker, folder)
 
 
 def _show_summary(run_dir: Path) -> None:

@@ -212,6 +212,8 @@ class SprayConfig:
     stages: list[str] = field(default_factory=lambda: list(NAMES))
     run_dir: str = "outputs"
     plan: bool = False
+    # none, tensorboard or mlflow: for whom results are written once more.
+    tracker: str = "none"
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)

@@ -15,7 +15,7 @@ from spray.correction.layers import candidates
 from spray.figures import fitted
 from spray.isolation.artifact import Artifact
 from spray.isolation.causal import Effect, SampleBias, measure_effect, sample_bias
-from spray.isolation.choice import Trial, natural_changes, refitted, tried
+from spray.isolation.choice import ISOLATORS, SAME_CONTENT, USUAL, Trial, natural_changes, refitted, tried
 from spray.isolation.evidence import Evidence
 from spray.isolation.growing import FEWEST, FREE, Scorer, grow, inner_features
 from spray.isolation.statistics import statistics
@@ -49,6 +49,7 @@ class Candidate:
     trials: list[Trial]
     effect: Effect
     bias: SampleBias
+    unusual: bool
     verdict: str = "no_effect"
     p_value: float = 1.0
     removal_p_value: float = 1.0
@@ -93,8 +94,11 @@ class Explainer:
             parts.append(torch.cat([inner, statistics(part)], dim=1))
         return torch.cat(parts).double().numpy()
 
-    def explain(self, cluster: str, c: int, members: np.ndarray) -> Candidate | None:
-        """Return what a cluster of class `c` shares; None where too few samples or nothing to isolate are left."""
+    def explain(self, cluster: str, c: int, members: np.ndarray, unusual: bool) -> Candidate | None:
+        """Return what a cluster of class `c` shares; None where too few samples or nothing to isolate are left.
+
+        Of a cluster that the ranking doesn't find `unusual` only the same piece of an image is a finding.
+        """
         options, seed = self.context.config.isolate, self.context.config.seed
         rng = np.random.default_rng([seed, c, len(members)])
         of_class, features = self._class(c)
@@ -114,6 +118,7 @@ class Explainer:
             self._predict,
             self.context.train.batch(null[:TRIED]),
             seed,
+            tuple(ISOLATORS) if unusual else USUAL,
         )
         if not trials:
             return None
@@ -141,7 +146,8 @@ class Explainer:
         right = self._predict(self.context.train.batch(of_class)).argmax(dim=1).numpy() == c
         own = dict(zip(of_class.tolist(), scores.tolist(), strict=True))
         bias = sample_bias(scores, carries, right)
-        return Candidate(c, cluster, artifact, of_class[carries], own, first, second, trials, effect, bias)
+        unusual = unusual or trials[0].isolator in SAME_CONTENT
+        return Candidate(c, cluster, artifact, of_class[carries], own, first, second, trials, effect, bias, unusual)
 
     def scores(self, found: Sequence[Candidate]) -> np.ndarray:
         """Return each candidate's score of every training sample, float32 (candidates, N).

@@ -20,6 +20,9 @@ from spray.store import open_attributions
 from spray.store.analyses import open_analysis
 from spray.store.reading import Rows
 
+UNUSUAL = 0.05
+"""Largest q-value of clusters that the ranking finds unusual."""
+
 MORE = (
     "flip_rate_interval",
     "control_flip_rate_interval",
@@ -40,7 +43,7 @@ def run(context: Context) -> dict[str, Any]:
     with open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions:
         explainer = Explainer(context, attributions.attribution)
         for row, members in context.progress(clusters, len(clusters), "candidates isolated"):
-            candidate = explainer.explain(row["cluster"], row["class_index"], members)
+            candidate = explainer.explain(row["cluster"], row["class_index"], members, row["q_value"] < UNUSUAL)
             if candidate is not None:
                 candidates.append(candidate)
         _judge(candidates)
@@ -99,7 +102,7 @@ def _judge(candidates: list[Candidate]) -> None:
         candidate.p_value, candidate.removal_p_value = float(p_value), float(removal_p_value)
         candidate.bias = replace(candidate.bias, p_value=float(bias))
         candidate.verdict = verdict(
-            candidate.effect, candidate.artifact.constant, p_value, removal_p_value, candidate.bias
+            candidate.effect, candidate.artifact.constant, p_value, removal_p_value, candidate.bias, candidate.unusual
         )
         if not candidate.trials[0].explains and candidate.verdict != "sample_bias":
             candidate.verdict = "no_effect"
@@ -159,6 +162,7 @@ def _write(
         "constant_content": candidate.artifact.constant,
         "mask_share": float(candidate.artifact.mask.mean()),
         "kind": candidate.artifact.kind,
+        "unusual": candidate.unusual,
         "opacity": candidate.artifact.opacity,
         **{key: effect[key] for key in MORE},
         "sample_bias": asdict(candidate.bias),

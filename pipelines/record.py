@@ -64,7 +64,8 @@ class Record:
 
 def header(config: SprayConfig, device: str, inputs: Mapping[str, str]) -> dict[str, Any]:
     """Return the provenance part of `run.json`."""
-    hashed = {key: value for key, value in asdict(config).items() if key not in ("run_dir", "plan", "stages")}
+    of_command = ("run_dir", "plan", "stages", "tracker")
+    hashed = {key: value for key, value in asdict(config).items() if key not in of_command}
     return {
         "spray_version": spray.__version__,
         "command": sys.argv,

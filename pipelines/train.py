@@ -21,6 +21,7 @@ def run(context: Context) -> dict[str, Any]:
     options = context.config.model
     write_truth(context.run_dir, context.planted_truths, context.test)
     model = context.build_model()
+    losses: list[float] = []
     if options.checkpoint is None:
         context.log.info(
             "training %s on %d images, %d epochs",
@@ -31,6 +32,7 @@ def run(context: Context) -> dict[str, Any]:
         start = time.monotonic()
 
         def report(epoch: int, loss: float) -> None:
+            losses.append(round(loss, 6))
             left = (time.monotonic() - start) / epoch * (options.epochs - epoch)
             context.log.info("epoch %d/%d: loss %.4f, %.0f s left", epoch, options.epochs, loss, left)
 
@@ -50,7 +52,7 @@ def run(context: Context) -> dict[str, Any]:
     context.forget_model()
     metrics = clean_metrics(context.predict(model, context.test), context.test.labels)
     context.log.info("test accuracy %.3f", metrics["clean_accuracy"])
-    return {"trained": options.checkpoint is None, **metrics}
+    return {"trained": options.checkpoint is None, "losses": losses, **metrics}
 
 
 STAGE = Stage(

@@ -18,6 +18,7 @@ from spray.pipelines.analysis_options import check_analysis, check_shapes
 from spray.pipelines.compute import COMPUTES
 from spray.pipelines.project import check as check_project
 from spray.pipelines.project import is_project
+from spray.pipelines.tracking import check as check_tracker
 from spray.store.layout import COMPRESSIONS
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def check_settings(context: Context, stages: Collection[str]) -> None:
         check_ceiling(config)
     if unknown := [kind for kind in config.report.figures if kind not in FIGURES]:
         raise UserError(f"report.figures has {', '.join(unknown)}; allowed: {', '.join(FIGURES)}, or [] for none")
+    check_tracker(config)
     if "compare" in stages:
         from spray.pipelines.compare import check
 

@@ -287,7 +287,12 @@ def removal_cost(predict: Predictor, artifact: Artifact, target: int, images: Te
 
 
 def verdict(
-    effect: Effect, constant: bool, p_value: float, removal_p_value: float, bias: SampleBias | None = None
+    effect: Effect,
+    constant: bool,
+    p_value: float,
+    removal_p_value: float,
+    bias: SampleBias | None = None,
+    unusual: bool = True,
 ) -> str:
     """Say what a candidate is.
 
@@ -301,6 +306,10 @@ def verdict(
         Its p-values, corrected for all candidates.
     bias : SampleBias, optional
         How the model does on its samples, the p-value corrected likewise.
+    unusual : bool
+        Whether its samples are something that other classes have nothing like: they share the same piece of an image,
+        or the ranking says so. A class consists of natural kinds of images, and what makes one of them (light, colour,
+        ground) moves a model as an artifact does: effects alone can't tell them apart.
 
     Returns
     -------
@@ -309,9 +318,11 @@ def verdict(
         and removing it costs the class's own samples; "backdoor" where removing does not but the artifact alone turns
         most images. "sample_bias" where there is nothing to add that would move the model but the samples are a kind
         of their own, apart from the rest of their class, on which the model is wrong far more often: it learned the
-        class without them. "no_effect" where it is nothing of that: a kind of sample that the model does as well on as
-        on the rest is no bias but what a class consists of.
+        class without them. "no_effect" where it is nothing of that, or not `unusual`: a kind of sample that the model
+        does as well on as on the rest is no bias but what a class consists of.
     """
+    if not unusual:
+        return "no_effect"
     flips = effect.flip_rate - effect.control_flip_rate
     enough = flips >= (MIN_EFFECT if constant else 3 * MIN_EFFECT)
     if p_value < LEVEL and enough and effect.logit_gain > 0:

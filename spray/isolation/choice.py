@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,10 @@ SIMPLER = 0.01
 """An isolator has to be better by so much than the one before it."""
 
 
+SAME_CONTENT = ("local", "scattered")
+"""Isolators of the same piece of an image in all samples, which natural kinds of images don't have."""
+USUAL = (*SAME_CONTENT, "donated")
+"""Isolators that are enough for a cluster that is not unusual: what else might explain it would be no finding."""
 WHOLE = ("veil", "change", "background")
 """Isolators that explain a cluster by a change of the whole image."""
 LIKE_ENOUGH = 0.8
@@ -110,8 +114,9 @@ def tried(
     predict: Predictor,
     others: Tensor,
     seed: int,
+    isolators: Sequence[str] = tuple(ISOLATORS),
 ) -> list[Trial]:
-    """Try every isolator on half of the samples, and gather the evidence on the other half.
+    """Try isolators on half of the samples, and gather the evidence on the other half.
 
     Parameters
     ----------
@@ -127,6 +132,8 @@ def tried(
         (m, C, H, W): images of other classes, none of those that the proof is made with.
     seed : int
         Draws variants and donors.
+    isolators : sequence of str
+        Names of those to try, in their order.
 
     Returns
     -------
@@ -141,8 +148,8 @@ def tried(
     usual = float(np.median(likeness(rest)))
     unit = max(float(np.median(likeness(second.images))) - usual, 1e-6)
     trials = []
-    for name, isolator in ISOLATORS.items():
-        artifact = isolator(first)
+    for name in isolators:
+        artifact = ISOLATORS[name](first)
         if artifact is None:
             continue
         added = artifact.insert(rest, draws)
