@@ -1,7 +1,9 @@
-"""Writes what trackers are given: event files of TensorBoard, a file store of MLflow."""
+"""Writes what trackers are given: event files of TensorBoard, a database of MLflow."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,7 @@ from typing import Any
 import numpy as np
 
 from spray.data.listed import printable
-from spray.figures import to_png
 from spray.pipelines.tracking import Embedded, Tracked
-from spray.storage import write_bytes
 
 
 def write_tensorboard(tracked: Tracked, folder: Path) -> None:
@@ -49,12 +49,21 @@ def _add_embedding(writer: Any, embedded: Embedded) -> None:
 
 
 def write_mlflow(tracked: Tracked, folder: Path) -> None:
-    """Write a run with metrics, parameters, pictures and the report into a store of files in `folder`."""
+    """Write a run with metrics, parameters, pictures and the report into `mlflow.db` and `artifacts/`.
+
+    `mlflow ui --backend-store-uri sqlite:///FOLDER/mlflow.db` shows it. MLflow's store of plain files is no longer
+    taken care of.
+    """
+    # Nothing is sent to anywhere.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=folder.resolve().as_uri())
-    experiment = client.create_experiment("spray")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    folder = folder.resolve()
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.create_experiment("spray", artifact_location=(folder / "artifacts").as_uri())
     run = client.create_run(experiment, run_name=folder.parent.name).info.run_id
     for name, value in tracked.settings.items():
         client.log_param(run, _key(name), str(value)[: mlflow.utils.validation.MAX_PARAM_VAL_LENGTH])
@@ -63,10 +72,7 @@ def write_mlflow(tracked: Tracked, folder: Path) -> None:
             for step, value in enumerate(values):
                 client.log_metric(run, _key(f"{group}/{name}" if group != "run" else name), value, step=step)
     for name, pixels in tracked.images.items():
-        *parts, last = [_file_name(part) for part in name.split("/")]
-        path = folder / "pictures" / "/".join(parts) / f"{last}.png"
-        write_bytes(path, to_png(pixels))
-        client.log_artifact(run, str(path), "pictures/" + "/".join(parts))
+        client.log_image(run, pixels, "pictures/" + "/".join(_file_name(part) for part in name.split("/")) + ".png")
     for path in tracked.files:
         client.log_artifact(run, str(path))
     client.set_terminated(run)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from spray.pipelines.context import Context
 
 NONE = "none"
-PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
-"""The package that each tracker needs, which is also the extra that installs it."""
+PACKAGES = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
+"""The packages that each tracker needs; an extra of its name installs them."""
 WRITTEN = ".written.json"
 MOST_CLASSES, MOST_POINTS, MOST_IMAGES = 8, 1000, 8
 SPRITE = 32
@@ -96,8 +96,8 @@ def check(config: SprayConfig) -> None:
     name = config.tracker
     if name != NONE and name not in PACKAGES:
         raise UserError(f"tracker={name} is unknown; allowed: {', '.join((NONE, *PACKAGES))}")
-    if name != NONE and find_spec(PACKAGES[name]) is None:
-        raise UserError(f"tracker={name} needs the package {PACKAGES[name]}: pip install 'spray-xai[{name}]'")
+    if missing := [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]:
+        raise UserError(f"tracker={name} needs the package {missing[0]}: pip install 'spray-xai[{name}]'")
 
 
 def track(context: Context) -> Path | None:
@@ -107,7 +107,6 @@ def track(context: Context) -> Path | None:
         return None
     from spray.pipelines.trackers import WRITERS
 
-    writer: Callable[[Tracked, Path], None] = WRITERS[name]
     folder = context.run_dir / name
     results = Results(context.run_dir)
     state = digest(
@@ -122,7 +121,7 @@ def track(context: Context) -> Path | None:
         raise UserError(f"{folder} is in the way: tracker={name} writes there, and it holds something else")
     folder.mkdir(parents=True)
     write_json(folder / WRITTEN, "unfinished")
-    writer(collect(context, results), folder)
+    WRITERS[name](collect(context, results), folder)
     write_json(folder / WRITTEN, state)
     return folder
 

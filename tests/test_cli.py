@@ -44,6 +44,7 @@ MISTAKES = {
     "attribution.method=lrq": ["lrq", "did you mean 'lrp'"],
     "attribution.composite=nope": ["nope", "epsilon_plus_flat"],
     "attribution.target=17": ["attribution.target=17", "label", "prediction"],
+    "tracker=wandb": ["tracker=wandb", "tensorboard", "mlflow"],
     "attribution.dtype=float8": ["float8", "float16"],
     "attribution.batch_size=0": ["attribution.batch_size=0"],
     "compute=cloud": ["cloud", "serial"],
