@@ -1,1 +1,4 @@
-"""The stages of a run and the command that runs them."""
+"""The stages of a run and the command that runs them.
+
+.. include:: guide.md
+"""

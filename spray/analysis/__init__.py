@@ -1,6 +1,8 @@
 """Spectral Relevance Analysis (SpRAy) and the ranking of what it finds.
 
 Lapuschkin et al., "Unmasking Clever Hans predictors and assessing what machines really learn", 2019.
+
+.. include:: guide.md
 """
 
 from spray.analysis.clustering import CLUSTERINGS, cluster

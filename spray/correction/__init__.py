@@ -1,6 +1,8 @@
 """Class Artifact Compensation (ClArC), its peers and its controls: models that no longer rely on an artifact.
 
 Anders et al., "Finding and removing Clever Hans: using explanation methods to debug and improve deep models", 2022.
+
+.. include:: guide.md
 """
 
 from spray.correction import fine_tuning, guided, input_gradients, latent, projection, refitting

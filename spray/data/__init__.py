@@ -1,1 +1,4 @@
-"""Datasets of images, and artifacts planted in them."""
+"""Datasets of images, and artifacts planted in them.
+
+.. include:: guide.md
+"""

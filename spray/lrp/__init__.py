@@ -1,4 +1,7 @@
-"""Layer-wise relevance propagation for unmodified PyTorch models."""
+"""Layer-wise relevance propagation for unmodified PyTorch models.
+
+.. include:: guide.md
+"""
 
 from __future__ import annotations
 
