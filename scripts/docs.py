@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
     # These are imported when they are used first, which pdoc does not do.
     for name in spray.__all__:
         setattr(spray, name, getattr(spray, name))
-    pdoc.render.configure(docformat="numpy", math=True, footer_text=f"spray {spray.__version__}")
+    pdoc.render.configure(docformat="numpy", show_source=False, footer_text=f"spray {spray.__version__}")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         pdoc.pdoc(*PAGES, output_directory=folder)
