@@ -164,7 +164,8 @@ def measure_effect(
         parts = torch.empty_like(others)
         for number, change in enumerate(controls):
             mine = donor % len(controls) == number
-            parts[mine] = _no_stronger(others[mine], change, artifact, draws[mine])
+            if mine.any():
+                parts[mine] = _no_stronger(others[mine], change, artifact, draws[mine])
         control = predict(parts)
     else:
         control = add(content_of(donors))
