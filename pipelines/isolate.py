@@ -20,8 +20,8 @@ from spray.store import open_attributions
 from spray.store.analyses import open_analysis
 from spray.store.reading import Rows
 
-UNUSUAL = 0.05
-"""Largest q-value of clusters that the ranking finds unusual."""
+UNUSUAL, COMPARABLE = 0.05, 4
+"""Largest q-value of clusters that the ranking finds unusual; classes that it takes to say what is usual."""
 
 MORE = (
     "flip_rate_interval",
@@ -43,7 +43,7 @@ def run(context: Context) -> dict[str, Any]:
     with open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions:
         explainer = Explainer(context, attributions.attribution)
         for row, members in context.progress(clusters, len(clusters), "candidates isolated"):
-            candidate = explainer.explain(row["cluster"], row["class_index"], members, row["q_value"] < UNUSUAL)
+            candidate = explainer.explain(row["cluster"], row["class_index"], members, _unusual(context, row))
             if candidate is not None:
                 candidates.append(candidate)
         _judge(candidates)
@@ -91,6 +91,12 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
                 earlier.append(members)
                 chosen.append((row, members))
     return chosen[: options.candidates]
+
+
+def _unusual(context: Context, row: dict[str, Any]) -> bool:
+    """Return whether other classes have nothing like a cluster, by its row in the ranking."""
+    compared = len(context.train.classes) >= COMPARABLE
+    return "repeated" in row.get("evidence", {}) or (compared and row["q_value"] < UNUSUAL)
 
 
 def _judge(candidates: list[Candidate]) -> None:
