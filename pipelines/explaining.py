@@ -74,7 +74,7 @@ class Explainer:
     def __init__(self, context: Context, relevance: Rows) -> None:
         self.context, self.relevance = context, relevance
         self.labels = np.asarray(context.train.labels)
-        self._of_class: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._of_class: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     @cached_property
     def layers(self) -> list[str]:
@@ -101,7 +101,7 @@ class Explainer:
         """
         options, seed = self.context.config.isolate, self.context.config.seed
         rng = np.random.default_rng([seed, c, len(members)])
-        of_class, features = self._class(c)
+        of_class, features, right = self._class(c)
         member = np.isin(of_class, members)
         if min(member.sum(), (~member).sum()) < FEWEST:
             return None
@@ -143,7 +143,6 @@ class Explainer:
             seed,
             natural_changes(trials[0], evidence, seed),
         )
-        right = self._predict(self.context.train.batch(of_class)).argmax(dim=1).numpy() == c
         own = dict(zip(of_class.tolist(), scores.tolist(), strict=True))
         bias = sample_bias(scores, carries, right)
         unusual = unusual or trials[0].isolator in SAME_CONTENT
@@ -167,12 +166,13 @@ class Explainer:
             row[list(candidate.own_scores)] = list(candidate.own_scores.values())
         return result
 
-    def _class(self, c: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return samples of a class with their features; those of the last class asked for are kept."""
+    def _class(self, c: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return samples of a class, their features, and which the model gets right; the last class's are kept."""
         if self._of_class is None or self._of_class[0] != c:
             rng = np.random.default_rng([self.context.config.seed, c, 8])
             indices = _some(np.flatnonzero(self.labels == c), GROWN, rng)
-            self._of_class = c, indices, self.features(self.context.train.batch(indices))
+            pixels = self.context.train.batch(indices)
+            self._of_class = c, indices, self.features(pixels), self._predict(pixels).argmax(dim=1).numpy() == c
         return self._of_class[1:]
 
     @cached_property

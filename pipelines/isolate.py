@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from spray.isolation.causal import holm, verdict
+from spray.pipelines.clusters import jaccard, ranked_clusters
 from spray.pipelines.context import Context
 from spray.pipelines.explaining import Candidate, Explainer, trial_row
 from spray.pipelines.isolated import save_artifact
 from spray.pipelines.pictures import artifact_pictures
 from spray.pipelines.stage import Stage
-from spray.storage import read_json, write_bytes, write_json, write_text
+from spray.storage import write_bytes, write_json, write_text
 from spray.store import open_attributions
-from spray.store.analyses import open_analysis
 from spray.store.reading import Rows
 
 UNUSUAL, COMPARABLE = 0.05, 4
@@ -74,20 +74,13 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
     options = context.config.isolate
     chosen: list[tuple[dict[str, Any], np.ndarray]] = []
     taken: dict[int, list[np.ndarray]] = {}
-    with (
-        open_analysis(context.run_dir / "analysis.h5", len(context.train)) as analysis,
-        open_analysis(context.run_dir / "candidates.h5", len(context.train)) as further,
-    ):
-        for row in read_json(context.run_dir / "ranking.json")["clusters"]:
+    with ranked_clusters(context.run_dir, len(context.train)) as clusters:
+        for row in clusters.rows:
             earlier = taken.setdefault(row["class_index"], [])
             if len(earlier) == options.per_class:
                 continue
-            name, _, label = row["cluster"].rpartition("/")
-            group = analysis.group(row["class_index"])
-            if name not in group.clusterings:
-                group = further.group(row["class_index"])
-            members = group.index[group.labels(name) == int(label)]
-            if all(_overlap(members, other) < 0.5 for other in earlier):
+            members = clusters.members(row)
+            if all(jaccard(members, other) < 0.5 for other in earlier):
                 earlier.append(members)
                 chosen.append((row, members))
     return chosen[: options.candidates]
@@ -119,18 +112,11 @@ def _distinct(candidates: list[Candidate]) -> list[Candidate]:
     kept: list[Candidate] = []
     for candidate in candidates:
         if all(
-            candidate.class_index != other.class_index or _overlap(candidate.samples, other.samples) < 0.5
+            candidate.class_index != other.class_index or jaccard(candidate.samples, other.samples) < 0.5
             for other in kept
         ):
             kept.append(candidate)
     return kept
-
-
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the Jaccard index of two sets of indices."""
-    both = len(np.intersect1d(a, b))
-    union = len(a) + len(b) - both
-    return both / union if union else 1.0
 
 
 def _write(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from spray.correction.base import Finding
-from spray.isolation import choice  # noqa: F401 - it registers all kinds of artifacts
 from spray.isolation.artifact import ARTIFACTS, Artifact
 from spray.storage import read_json, write_bytes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -82,9 +83,8 @@ def repeated_in_class(context: Context, c: int, index: np.ndarray, attributions:
 def _in_class(found: Repeated, searched: np.ndarray, n: int) -> Repeated:
     """Return what was found among some samples for all of the class."""
     member, distance = np.zeros(n, dtype=bool), np.full(n, np.inf, dtype=np.float32)
-    place = np.zeros((n, 2), dtype=np.int64)
-    member[searched], distance[searched], place[searched] = found.member, found.distance, found.place
-    return Repeated(found.template, member, distance, place, found.strength)
+    member[searched], distance[searched] = found.member, found.distance
+    return replace(found, member=member, distance=distance)
 
 
 def _factor(context: Context, most: int) -> int:

@@ -89,17 +89,11 @@ def take_analysis(context: Context) -> dict[str, Any]:
 
 def report(context: Context) -> dict[str, Any]:
     """Write `report.html` and the figures, of what there is."""
-    from spray.report.charts import draw
+    from spray.pipelines.report import save
     from spray.report.gather import gather
-    from spray.report.render import render
-    from spray.storage import write_bytes, write_text
 
     project = _project(context)
-    data = gather(context.run_dir, context.train, title=project.name, model=project.model)
-    write_text(context.run_dir / "report.html", render(data))
-    for name, picture in draw(data, context.config.report.figures).items():
-        write_bytes(context.run_dir / "figures" / name, picture)
-    return {"bytes": (context.run_dir / "report.html").stat().st_size}
+    return {"bytes": save(context, gather(context.run_dir, context.train, title=project.name, model=project.model))}
 
 
 def _project(context: Context) -> Project:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from spray.pipelines.clusters import jaccard, ranked_clusters
 from spray.pipelines.isolated import load_findings
 from spray.storage import read_json
-from spray.store.analyses import open_analysis
 
 SAME = 0.5
 """Least Jaccard index of two sets of samples that are taken for the same."""
@@ -59,15 +59,11 @@ def recheck(before: Path, after: Path, n: int) -> dict[str, dict[str, Any]]:
 def nearest_cluster(run_dir: Path, class_index: int, samples: np.ndarray, n: int) -> dict[str, Any] | None:
     """Return the ranked cluster of a class that has most in common with some samples, by the Jaccard index."""
     best: dict[str, Any] | None = None
-    with open_analysis(run_dir / "analysis.h5", n) as analysis, open_analysis(run_dir / "candidates.h5", n) as further:
-        for row in read_json(run_dir / "ranking.json")["clusters"]:
+    with ranked_clusters(run_dir, n) as clusters:
+        for row in clusters.rows:
             if row["class_index"] != class_index:
                 continue
-            name, _, label = row["cluster"].rpartition("/")
-            group = analysis.group(class_index)
-            if name not in group.clusterings:
-                group = further.group(class_index)
-            members = group.index[group.labels(name) == int(label)]
+            members = clusters.members(row)
             common, index = len(np.intersect1d(members, samples)), jaccard(members, samples)
             if best is None or index > best["jaccard"]:
                 best = {
@@ -88,10 +84,3 @@ def stands_out(before: dict[str, Any] | None, after: dict[str, Any] | None) -> b
     chance = after["p_value"] if after["q_value"] is None else after["q_value"]
     as_separable = before is not None and after["separability"] >= FALLEN * before["separability"]
     return bool(chance <= LEVEL or as_separable)
-
-
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the Jaccard index of two sets of indices."""
-    both = len(np.intersect1d(a, b))
-    union = len(a) + len(b) - both
-    return both / union if union else 1.0

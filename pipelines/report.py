@@ -20,17 +20,29 @@ from spray.virelay import can_show, export
 
 def run(context: Context) -> dict[str, Any]:
     """Write `report.html`, `figures/` and `virelay/` from what the run directory holds."""
-    data = write_page(context)
-    facts = {"artifacts_found": len(data.found), "bytes": (context.run_dir / "report.html").stat().st_size}
+    data = _data(context)
+    size = save(context, data)
+    _export(context)
+    return {"artifacts_found": len(data.found), "bytes": size}
+
+
+def save(context: Context, data: ReportData) -> int:
+    """Write `report.html` and `figures/`; return the page's bytes."""
+    size = _save_page(context, data)
     for name, picture in draw(data, context.config.report.figures).items():
         write_bytes(context.run_dir / "figures" / name, picture)
-    _export(context)
-    return facts
+    return size
 
 
-def write_page(context: Context) -> ReportData:
-    """Write `report.html` from what there is, be it part of a run; return what it shows."""
-    data = gather(
+def _save_page(context: Context, data: ReportData) -> int:
+    path = context.run_dir / "report.html"
+    write_text(path, render(data))
+    return path.stat().st_size
+
+
+def _data(context: Context) -> ReportData:
+    """Return what the page shows of what there is, be it part of a run."""
+    return gather(
         context.run_dir,
         context.train,
         context.test,
@@ -38,8 +50,6 @@ def write_page(context: Context) -> ReportData:
         model=_model(context),
         truths=_truths(context),
     )
-    write_text(context.run_dir / "report.html", render(data))
-    return data
 
 
 def report_failure(context: Context) -> None:
@@ -47,7 +57,7 @@ def report_failure(context: Context) -> None:
     try:
         stages = Results(context.run_dir).stages
         if any(entry.get("status") == "failed" for name, entry in stages.items() if name != "report"):
-            write_page(context)
+            _save_page(context, _data(context))
             context.log.info("report of what was done before: %s", context.run_dir / "report.html")
     except Exception as error:
         # The failure itself is what is to be told.

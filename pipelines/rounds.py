@@ -19,7 +19,7 @@ from torch import nn
 from spray.correction.base import CONTROL
 from spray.correction.choice import costs
 from spray.correction.layers import INPUT
-from spray.correction.wrapped import MODEL, Projected
+from spray.correction.wrapped import innermost
 from spray.pipelines.context import Context
 from spray.pipelines.isolated import load_findings
 from spray.pipelines.recheck import GONE, LEFT, recheck
@@ -223,9 +223,7 @@ def inside(config: SprayConfig, model: nn.Module) -> SprayConfig:
     model : nn.Module
         The corrected model.
     """
-    prefix = ""
-    while isinstance(model, Projected):
-        model, prefix = model.model, prefix + MODEL
+    model, prefix = innermost(model)
     if not prefix:
         return config
     names = {name for name, _ in model.named_modules() if name}

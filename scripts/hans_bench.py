@@ -30,6 +30,8 @@ import hans_rows
 import hans_tables
 from hans_cells import ARMS, CLEAN_SEEDS, KINDS, METHODS, RATES, SEEDS, SETS, Cell
 
+from spray.storage import write_text
+
 QUICK = (
     "model.epochs=8",
     "dataset.per_class=200",
@@ -81,7 +83,7 @@ def report(cells: Sequence[Cell], records: dict[str, dict[str, Any]], out: Path)
     failed = [(cell.name, records[cell.name]["error"]) for cell in cells if "error" in records[cell.name]]
     rows = [row for record in done for row in hans_rows.rows_of(record, out)]
     hans_rows.write_table(out / "hans.csv", rows)
-    hans_cells.write(out / "summary.md", hans_tables.summary(rows, failed))
+    write_text(out / "summary.md", hans_tables.summary(rows, failed))
     if rows:
         import hans_plots
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from spray.storage import write_text
+
 HERE = Path(__file__).resolve().parent
 ARMS = ("planted", "clean", "everywhere")
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
@@ -221,7 +223,7 @@ def make(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str] = ()
         partial = shared.with_name(f".{shared.name}-{os.getpid()}")
         shutil.copytree(folder / "ceiling", partial)
         partial.rename(shared)
-    write(folder / "cell.json", json.dumps(record, indent=1))
+    write_text(folder / "cell.json", json.dumps(record, indent=1))
     return record
 
 
@@ -229,10 +231,3 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """Return what `cell.json` says; None where the cell was not finished."""
     path = folder / "cell.json"
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    partial.write_text(text)
-    partial.rename(path)

@@ -6,7 +6,7 @@ Factories for `dataset.factory`, which return (training, test).
 from __future__ import annotations
 
 import numpy as np
-from rank_data import clothes
+from rank_data import clothes, patches
 
 from spray.data.arrays import ArrayDataset
 
@@ -17,34 +17,18 @@ GREY = np.array([0.2125, 0.7154, 0.0721])
 
 def photos32(seed: int) -> tuple[ArrayDataset, ArrayDataset]:
     """Return grey patches of 32² pixels of scikit-image's photographs: 450 and 125 of each of eight."""
-    train, test = _photos(seed, tile=48, patch=32)
+    train, test = patches(seed, tile=48, patch=32)
     return _grey(train), _grey(test)
 
 
 def photos64(seed: int) -> tuple[ArrayDataset, ArrayDataset]:
     """Return patches of 64² pixels in colour."""
-    return _photos(seed, tile=96, patch=64)
+    return patches(seed, tile=96, patch=64)
 
 
 def fashion(seed: int) -> tuple[ArrayDataset, ArrayDataset]:
     """Return 600 and 200 images of each class of Fashion-MNIST."""
     return clothes(seed)
-
-
-def _photos(seed: int, tile: int, patch: int) -> tuple[ArrayDataset, ArrayDataset]:
-    from spray.data import photos
-
-    parts: dict[str, tuple[list[np.ndarray], list[int], list[str]]] = {"train": ([], [], []), "test": ([], [], [])}
-    for label, name in enumerate(photos.CLASSES):
-        rng = np.random.default_rng([seed, 2, label])
-        cut = photos._cut(photos._photograph(name), rng, tile, patch)
-        for part, found in cut.items():
-            images, labels, names = parts[part]
-            images += [image for image, _, _ in found]
-            labels += [label] * len(found)
-            names += [f"{name}/{top:04d}-{left:04d}" for _, top, left in found]
-    train, test = (ArrayDataset(np.stack(i), np.array(y), photos.CLASSES, n) for i, y, n in parts.values())
-    return train, test
 
 
 def _grey(dataset: ArrayDataset) -> ArrayDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hans_cells import Cell, write
+from hans_cells import Cell
 from rank_cells import context_of
+
+from spray.storage import write_text
 
 COLUMNS: dict[str, str] = {
     "cell": "name of the run's folder",
@@ -90,19 +93,17 @@ def rows_of(record: Mapping[str, Any], out: Path) -> list[dict[str, Any]]:
     if path.is_file() and (kept := json.loads(path.read_text()))["stamp"] == stamp:
         return list(kept["rows"])
     rows = _compute(cell, record, folder)
-    write(path, json.dumps({"stamp": stamp, "rows": rows}))
+    write_text(path, json.dumps({"stamp": stamp, "rows": rows}))
     return rows
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows as CSV with all `COLUMNS`; what is not known is empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(COLUMNS), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _plain(value) for key, value in row.items()} for row in rows)
-    partial.rename(path)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(COLUMNS), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _plain(value) for key, value in row.items()} for row in rows)
+    write_text(path, table.getvalue())
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
+from spray.data import photos
 from spray.data.arrays import ArrayDataset
 from spray.models.small_cnn import SmallCNN
 
@@ -27,16 +28,14 @@ def clothes(seed: int, train: int = 600, test: int = 200) -> tuple[ArrayDataset,
     return _part(parts[0], chosen[0]), _part(parts[1], chosen[1])
 
 
-def patches(seed: int) -> tuple[ArrayDataset, ArrayDataset]:
+def patches(seed: int, tile: int = photos.TILE, patch: int = photos.PATCH) -> tuple[ArrayDataset, ArrayDataset]:
     """Return patches of scikit-image's photographs, cut at other places and with other tiles set aside for testing."""
-    from spray.data import photos
-
     parts: dict[str, tuple[list[np.ndarray], list[int], list[str]]] = {"train": ([], [], []), "test": ([], [], [])}
     for label, name in enumerate(photos.CLASSES):
-        cut = photos._cut(photos._photograph(name), np.random.default_rng([seed, 2, label]))
+        cut = photos._cut(photos._photograph(name), np.random.default_rng([seed, 2, label]), tile, patch)
         for part, found in cut.items():
             images, labels, names = parts[part]
-            images += [patch for patch, _, _ in found]
+            images += [image for image, _, _ in found]
             labels += [label] * len(found)
             names += [f"{name}/{top:04d}-{left:04d}" for _, top, left in found]
     train, test = (ArrayDataset(np.stack(i), np.array(y), photos.CLASSES, n) for i, y, n in parts.values())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spray.correction.layers import INPUT, candidates, changed, find
-from spray.correction.wrapped import MODEL, Projected
+from spray.correction.wrapped import innermost
 
 ZERO = 1e-6
 """A directional derivative below this share of the gradient's length is round-off: the output does not depend on it."""
@@ -31,9 +31,7 @@ def concept_layer(model: nn.Module, x: Tensor) -> str | None:
     str or None
         A name as `spray.correction.layers.changed` takes it; None for a model without such a layer.
     """
-    inner, prefix = model, ""
-    while isinstance(inner, Projected):
-        inner, prefix = inner.model, prefix + MODEL
+    inner, prefix = innermost(model)
     names = [name for name in candidates(inner, x) if not name.endswith(INPUT)]
     return prefix + names[-1] if names else None
 

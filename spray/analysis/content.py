@@ -41,9 +41,22 @@ def relevance_peaks(relevance: np.ndarray, sigma: float = 1.0) -> np.ndarray:
     ndarray of int64
         (n, 2): row and column.
     """
+    return separate_peaks(relevance, 1, sigma)[:, 0]
+
+
+def separate_peaks(relevance: np.ndarray, number: int, sigma: float = 1.0) -> np.ndarray:
+    """Return where each heatmap (n, H, W) has most positive relevance, int64 (n, number, 2), a tenth of it apart."""
     blurred = gaussian_filter(np.maximum(relevance, 0), (0, sigma, sigma))
-    at = blurred.reshape(len(blurred), -1).argmax(axis=1)
-    return np.stack(np.unravel_index(at, relevance.shape[1:]), axis=1)
+    n, height, width = blurred.shape
+    apart = max(2, round(min(height, width) / 10))
+    rows, columns = np.ogrid[:height, :width]
+    found = []
+    for _ in range(number):
+        at = np.stack(np.unravel_index(blurred.reshape(n, -1).argmax(axis=1), (height, width)), axis=1)
+        found.append(at)
+        near = (abs(rows - at[:, 0, None, None]) <= apart) & (abs(columns - at[:, 1, None, None]) <= apart)
+        blurred[near] = -1
+    return np.stack(found, axis=1)
 
 
 def place_of_gain(relevance: np.ndarray, member: np.ndarray, sigma: float = 1.0) -> np.ndarray:
@@ -107,12 +120,11 @@ def window_sides(height: int, width: int) -> tuple[int, int]:
 
 def _at(images: np.ndarray, places: np.ndarray, member: np.ndarray) -> float:
     inner, outer = window_sides(*images.shape[2:])
-    wide = _windows(images, places, outer + 2 * REACH)
+    side = outer + 2 * REACH
+    wide = cut_windows(images, places - side // 2, (side, side))
     margin = (outer - inner) // 2
     core = wide[:, :, margin : wide.shape[2] - margin, margin : wide.shape[3] - margin]
-    moved = sliding_window_view(core, (inner, inner), axis=(2, 3))
-    # (n, shifts, pixels): each window at each of its shifts.
-    shifts = moved.transpose(0, 2, 3, 1, 4, 5).reshape(len(images), (2 * REACH + 1) ** 2, -1)
+    shifts = all_windows(core, inner)
     template = _template(shifts, member)
     distances, best = _distances(shifts, template[None])
     distance = distances[:, 0]
@@ -126,14 +138,19 @@ def _at(images: np.ndarray, places: np.ndarray, member: np.ndarray) -> float:
     return _ratio(distance, member) - _ratio(other, member)
 
 
-def _windows(images: np.ndarray, places: np.ndarray, side: int) -> np.ndarray:
-    """Return square windows (n, C, side, side) around places (n, 2); border pixels continue an image."""
-    half = side // 2
-    padded = np.pad(images, ((0, 0), (0, 0), (half, half), (half, half)), mode="edge")
-    rows, columns = (places[:, axis, None] + np.arange(side) for axis in (0, 1))
-    sample = np.arange(len(images))[:, None, None]
-    cut: np.ndarray = padded.transpose(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
+def cut_windows(images: np.ndarray, corners: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return windows (n, C, h, w) from their upper left corners (n, 2); border pixels continue an image."""
+    rows, columns = (
+        np.clip(corners[:, axis, None] + np.arange(shape[axis]), 0, images.shape[2 + axis] - 1) for axis in (0, 1)
+    )
+    cut: np.ndarray = images[np.arange(len(images))[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return cut.transpose(0, 3, 1, 2)
+
+
+def all_windows(images: np.ndarray, side: int) -> np.ndarray:
+    """Return the windows of `side` pixels at each of their places in images, (n, places, C * side * side)."""
+    found = sliding_window_view(images, (side, side), axis=(2, 3))
+    return found.transpose(0, 2, 3, 1, 4, 5).reshape(len(images), found.shape[2] * found.shape[3], -1)
 
 
 def _template(shifts: np.ndarray, member: np.ndarray) -> np.ndarray:

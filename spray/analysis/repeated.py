@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
-from scipy.ndimage import gaussian_filter
 from torch.nn.functional import conv2d
 
-from spray.analysis.content import NOISE, REACH, spread_evenly
+from spray.analysis.content import NOISE, REACH, all_windows, cut_windows, separate_peaks, spread_evenly
 
 SIDE = 64
 """Images with longer sides are best averaged down to about so many pixels."""
@@ -64,8 +62,6 @@ class Repeated:
         (n,): the samples that have a copy.
     distance : ndarray of float32
         (n,): mean squared difference of each sample's most similar window.
-    place : ndarray of int64
-        (n, 2): the upper left corner of that window.
     strength : float
         log of how much farther than the copies the next windows are, of this class or another, less what the
         surroundings have of that.
@@ -74,7 +70,6 @@ class Repeated:
     template: np.ndarray
     member: np.ndarray
     distance: np.ndarray
-    place: np.ndarray
     strength: float
 
 
@@ -136,23 +131,8 @@ def repeated_content(
             around = _surrounding_gap(images, int(distance[t].argmin()), place[t], side, member)
             strength = float(gaps[t]) - max(0.0, around)
             if strength >= CLEAR:
-                found.append(Repeated(templates[t], member, distance[t], place[t], strength))
+                found.append(Repeated(templates[t], member, distance[t], strength))
     return _distinct(sorted(found, key=lambda each: -each.strength))
-
-
-def separate_peaks(relevance: np.ndarray, number: int, sigma: float = 1.0) -> np.ndarray:
-    """Return where each heatmap (n, H, W) has most positive relevance, int64 (n, number, 2), a tenth of it apart."""
-    blurred = gaussian_filter(np.maximum(relevance, 0).astype(np.float32), (0, sigma, sigma))
-    n, height, width = blurred.shape
-    apart = max(2, round(min(height, width) / 10))
-    rows, columns = np.ogrid[:height, :width]
-    found = []
-    for _ in range(number):
-        at = np.stack(np.unravel_index(blurred.reshape(n, -1).argmax(axis=1), (height, width)), axis=1)
-        found.append(at)
-        near = (abs(rows - at[:, 0, None, None]) <= apart) & (abs(columns - at[:, 1, None, None]) <= apart)
-        blurred[near] = -1
-    return np.stack(found, axis=1)
 
 
 def best_windows(
@@ -198,7 +178,9 @@ def _promising(
     images: np.ndarray, peaks: np.ndarray, others: np.ndarray, side: int, device: torch.device | str
 ) -> np.ndarray:
     """Return windows (t, C, side, side) at peaks (n, p, 2) that have a copy at another peak, one of each group."""
-    moved = _moved(images, peaks, side)
+    wide = side + 2 * REACH
+    cuts = (cut_windows(images, peaks[:, p] - wide // 2, (wide, wide)) for p in range(peaks.shape[1]))
+    moved = np.stack([all_windows(cut, side) for cut in cuts], axis=1)
     n, _, shifts, size = moved.shape
     sources = spread_evenly(np.arange(n), SOURCES)
     flat = np.unique(moved[sources, :, shifts // 2].reshape(-1, size), axis=0)
@@ -221,30 +203,6 @@ def _promising(
         if len(kept) < KEPT and not any(_same(groups[t], groups[other]) for other in kept):
             kept.append(int(t))
     return templates[kept]
-
-
-def _moved(images: np.ndarray, peaks: np.ndarray, side: int) -> np.ndarray:
-    """Return the windows around peaks (n, p, 2), moved by up to `REACH` pixels: (n, p, shifts, C * side * side)."""
-    n, channels = images.shape[:2]
-    wide = side + 2 * REACH
-    found = np.empty((n, peaks.shape[1], (2 * REACH + 1) ** 2, channels * side * side), np.float32)
-    for p in range(peaks.shape[1]):
-        cut = cut_windows(images, peaks[:, p] - wide // 2, (wide, wide))
-        found[:, p] = (
-            sliding_window_view(cut, (side, side), axis=(2, 3))
-            .transpose(0, 2, 3, 1, 4, 5)
-            .reshape(n, (2 * REACH + 1) ** 2, -1)
-        )
-    return found
-
-
-def cut_windows(images: np.ndarray, corners: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return windows (n, C, h, w) from their upper left corners (n, 2); border pixels continue an image."""
-    rows, columns = (
-        np.clip(corners[:, axis, None] + np.arange(shape[axis]), 0, images.shape[2 + axis] - 1) for axis in (0, 1)
-    )
-    cut: np.ndarray = images[np.arange(len(images))[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return cut.transpose(0, 3, 1, 2)
 
 
 def _surrounding_gap(images: np.ndarray, source: int, place: np.ndarray, side: int, member: np.ndarray) -> float:

@@ -146,6 +146,14 @@ class Projected(nn.Module):
         return output
 
 
+def innermost(model: nn.Module) -> tuple[nn.Module, str]:
+    """Return the model inside of all projections, and what stands before its layers' names: `model.` for each."""
+    prefix = ""
+    while isinstance(model, Projected):
+        model, prefix = model.model, prefix + MODEL
+    return model, prefix
+
+
 def is_wrapped(state: Mapping[str, Tensor]) -> bool:
     """Return whether a state_dict is that of a `Projected` model."""
     inside = [key.startswith(PROJECTIONS) for key in state]

@@ -2,5 +2,6 @@
 
 from spray.isolation.candidate import Artifact, isolate
 from spray.isolation.causal import Effect, measure_effect, verdict
+from spray.isolation.choice import ISOLATORS
 
-__all__ = ["Artifact", "Effect", "isolate", "measure_effect", "verdict"]
+__all__ = ["ISOLATORS", "Artifact", "Effect", "isolate", "measure_effect", "verdict"]
