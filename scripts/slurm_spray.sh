@@ -52,6 +52,8 @@ trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' TERM USR1
 # shellcheck disable=SC2086  # SPRAY may have words of its own, such as "srun spray"
 $SPRAY "$@" &
 child=$!
+# A signal from before the line above had nobody to go to.
+[ "$stopped" -eq 1 ] && kill -TERM "$child" 2>/dev/null
 while :; do
     wait "$child"
     code=$?
