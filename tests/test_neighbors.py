@@ -348,6 +348,37 @@ def test_cells_are_a_partition_and_know_their_reach() -> None:
             assert needed[i, j] == sum(np.diff(made.starts)[made.near[home, : rank + 1]])
 
 
+def test_cells_of_components_where_all_dimensions_are_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kind of noise decides who is nearest, so that no components will do; but not in which region."""
+    X = manifold(8000, 160, noise=0.4)
+    made: list[int] = []
+
+    def partition(screen: neighbor_search.Screen, seed: int) -> cells.Cells:
+        made.append(screen.points.shape[1])
+        return cells.partition(screen, seed)
+
+    monkeypatch.setattr(neighbors, "partition", partition)
+    indices, _ = nearest_neighbors(X, 10, method="cells")
+    assert made[0] == neighbors.COARSE
+    assert neighbor_recall(X, indices, n_probes=500, seed=3) >= 0.96
+
+
+def test_cells_of_components_that_tell_nothing_are_made_anew() -> None:
+    X = manifold(6000, 30)
+    vectors = Vectors(X, "euclidean")
+    probes = np.arange(0, 6000, 50)
+    true = NearestNeighbors(n_neighbors=10).fit(X).kneighbors(X[probes], 11)[1][:, 1:]
+    whole, noise = neighbor_search.whole(vectors), cloud(6000, 8).astype(np.float32)
+    useless = neighbor_search.Screen(noise, np.zeros(6000, np.float32), np.eye(30, 8, dtype=np.float32))
+    plan = neighbors.Plan(whole, 16, probes, true, np.zeros(len(probes)), useless)
+    limits = {True: 16_384, False: 2_000}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbors, "LARGEST_REACH", limits)
+        made, reach = neighbors._cells(plan, 0)
+    np.testing.assert_array_equal(made.cell, cells.partition(whole, 0).cell)
+    assert reach < 2_000
+
+
 def test_the_recall_of_wrong_neighbours_is_what_is_left() -> None:
     X = cloud(400)
     indices, _ = nearest_neighbors(X, 10)
