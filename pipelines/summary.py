@@ -11,20 +11,15 @@ from unicodedata import combining, east_asian_width
 from spray.data.listed import printable
 from spray.report.data import PASSED
 from spray.report.record import Results
-from spray.report.words import model_name
+from spray.report.verified import rechecks
+from spray.report.words import VERDICTS, left_sentence, model_name
 
 MOST_CLASSES = 12
 LONGEST_NAME = 28
-VERDICTS = {
-    "clever_hans": "Clever Hans",
-    "backdoor": "backdoor",
-    "sample_bias": "sample bias",
-    "no_effect": "no effect",
-}
 
 
 def summary(run_dir: Path) -> list[str]:
-    """Return the lines of the summary: classes with what was found, models before and after, where the report is.
+    """Return the lines of the summary: classes with what was found, models before and after, what is left, the report.
 
     Parameters
     ----------
@@ -33,7 +28,12 @@ def summary(run_dir: Path) -> list[str]:
     """
     results = Results(run_dir)
     ranking, found, verification = (results.read(stage) or {} for stage in ("rank", "isolate", "verify"))
-    parts = [_classes(ranking, found if results.path("isolate") else None), _models(verification)]
+    left = left_sentence(rechecks(verification))
+    parts = [
+        _classes(ranking, found if results.path("isolate") else None),
+        _models(verification),
+        [left] if left else [],
+    ]
     lines = [line for part in parts if part for line in (*part, "")]
     pages = [name for name in ("report", "comparison") if (run_dir / f"{name}.html").is_file()]
     return [*lines, *(f"{name}: {run_dir / name}.html" for name in pages)]
@@ -71,7 +71,7 @@ def _found(artifacts: Sequence[Mapping[str, Any]]) -> str:
         return "no candidate"
     best = next((row for row in artifacts if row.get("verdict") in PASSED), None)
     if best is None:
-        return f"none of {len(artifacts)} candidates has an effect" if len(artifacts) > 1 else "a candidate, no effect"
+        return f"none of {len(artifacts)} candidates passed" if len(artifacts) > 1 else "a candidate, did not pass"
     verdict = VERDICTS.get(str(best["verdict"]), str(best["verdict"]))
     text = f"{best['id']}: {verdict} in {len(best.get('samples', ()))} images"
     if (rate := _share(best.get("flip_rate"))) and (control := _share(best.get("control_flip_rate"))):

@@ -16,12 +16,14 @@ import pytest
 
 from spray.report import ReportData, render
 from spray.report.data import (
+    PASSED,
     Artifact,
     Embedding,
     Gallery,
     Light,
     ModelResult,
     RankRow,
+    Recheck,
     Share,
     StageRow,
     Tile,
@@ -30,7 +32,7 @@ from spray.report.data import (
 )
 from spray.report.pictures import thumbnail
 from spray.report.render import best_correction
-from spray.report.words import duration, interval, number, p_value, percent
+from spray.report.words import VERDICTS, duration, interval, left_sentence, number, p_value, percent, verdict_name
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"> '\"`{{ 7*7 }} \u202egnp.\u202c 😀\udcff"
 
@@ -274,6 +276,48 @@ def test_clean_model_lists_what_was_tested():
     assert "Tested, not found" in words
 
 
+def test_what_moved_predictions_but_is_no_finding_is_not_said_to_have_moved_none():
+    def words(**changes):
+        row = dataclasses.replace(clean().artifacts[0], **changes)
+        return Page(render(dataclasses.replace(clean(), artifacts=(row,)))).words()
+
+    none = "None moved predictions reliably more than its control."
+    assert none in words(p_value=0.61)
+    assert none in words(p_value=0.001, flip_rate=0.01, control_flip_rate=0.02)
+    moved = words(p_value=1e-13, flip_rate=0.235, control_flip_rate=0.083, unusual=False)
+    assert none not in moved
+    assert "None passed; why is said of each." in moved
+    assert "its samples are an ordinary kind of image" in moved
+    assert "moves few predictions, or not by what was cut out" in words(
+        p_value=0.001, flip_rate=0.05, control_flip_rate=0.01, unusual=True
+    )
+
+
+def left(*verdicts: str) -> str:
+    rows = tuple(Recheck(f"a0{i}", "moon", verdict) for i, verdict in enumerate(verdicts, start=1))
+    page = Page(render(dataclasses.replace(found(), rechecks=rows)))
+    (said,) = [line for line in [left_sentence(rows)] if line in page.words()]
+    return said
+
+
+def test_lead_says_what_still_acts_in_the_corrected_model():
+    assert left("gone", "gone").endswith("any more; no cluster of its samples stands out.")
+    # A group of samples that stays is no artifact that acts.
+    assert left("no_effect") == (
+        "Nothing that was found acts on the corrected model any more, though the samples of a01 still form "
+        "a cluster there."
+    )
+    assert "any more, though the samples of a02 and a03 still form" in left("gone", "no_effect", "no_effect")
+    assert left("left") == "a01 still acts on the corrected model."
+    assert left("left", "gone") == "a01 still acts on the corrected model; the other does not."
+    assert (
+        left("no_effect", "left", "left", "gone") == "a02 and a03 still act on the corrected model; the others do not."
+    )
+    assert left("unheard of", "gone") == "What is left of each artifact in the corrected model is listed below."
+    assert left(*["left"] * 9).startswith("a01, a02, a03, a04, a05, a06 and 3 more still act")
+    assert left_sentence(()) == ""
+
+
 def test_missing_stages_are_named():
     words = Page(render(partial())).words()
     for stage in ("verify", "isolate", "analyze", "rank"):
@@ -340,6 +384,13 @@ def test_the_gap_of_the_chart_is_the_analysis_own():
 )
 def test_numbers_read_well(text, expected):
     assert text.replace("\u202f", " ") == expected
+
+
+def test_every_verdict_has_one_name():
+    assert set(PASSED) < set(VERDICTS)
+    assert verdict_name("clever_hans") == "Clever Hans"
+    assert verdict_name("backdoor") == "Backdoor"
+    assert verdict_name("<unknown>") == "<unknown>"
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")

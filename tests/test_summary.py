@@ -41,19 +41,21 @@ def test_a_finished_run(tmp_path):
     write(tmp_path, "artifacts.json", {"artifacts": found})
     model = {"clean_accuracy": 0.875, "attacked_accuracy": 0.12, "worst_class_accuracy": 0.5}
     models = {"original": model, "a_clarc": model | {"attacked_accuracy": 0.905}, "p_clarc": {"clean_accuracy": None}}
-    write(tmp_path, "verification.json", {"models": models, "chosen": {"method": "a_clarc"}})
+    again = {"a01": {"class_name": "tree", "verdict": "no_effect"}}
+    write(tmp_path, "verification.json", {"models": models, "chosen": {"method": "a_clarc"}, "recheck": again})
     (tmp_path / "report.html").write_text("")
     lines = summary(tmp_path)
     rows = {line.split()[0]: line for line in lines if line}
     # The finding comes first, whatever its class's rank.
     assert lines[2].startswith("tree")
     assert "a01: Clever Hans in 3 images, turns 81.2 % of other images (control 2.1 %)" in rows["tree"]
-    assert "a candidate, no effect" in rows["cat"]
+    assert "a candidate, did not pass" in rows["cat"]
     assert "no candidate" in rows["犬\\u202e\\n"]
     assert rows["Original"].split()[-6:] == ["87.5", "%", "12.0", "%", "50.0", "%"]
     assert "A-ClArC (chosen)" in rows["A-ClArC"]
     assert "90.5 %" in rows["A-ClArC"]
     assert rows["P-ClArC"].split()[1:] == ["-", "-", "-"]
+    assert "the samples of a01 still form a cluster there." in lines[-3]
     assert lines[-1] == f"report: {tmp_path / 'report.html'}"
 
 

@@ -69,7 +69,9 @@ class Artifact:
 
     `pattern` and `mask` are pictures: uint8 (H, W, 4) and (H, W). `effects` holds one result for each model
     where the candidate itself was added to the test images; `further` and `tables` what else is known, as it is
-    printed. `scores` has one number for each of `samples`, none where they are not known.
+    printed. `unusual` says whether its samples are something that other classes have nothing like: a candidate whose
+    samples are not is no finding, whatever it moves. `scores` has one number for each of `samples`, none where they
+    are not known.
     """
 
     id: str
@@ -87,6 +89,7 @@ class Artifact:
     removal_cost: float | None = None
     removal_p_value: float | None = None
     kind: str | None = None
+    unusual: bool | None = None
     opacity: float | None = None
     further: tuple[tuple[str, str], ...] = ()
     tables: tuple[Check, ...] = ()

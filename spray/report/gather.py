@@ -30,7 +30,7 @@ _OF_ARTIFACT = frozenset(
     (
         *("id", "class_index", "class_name", "cluster", "samples", "verdict", "kind", "opacity", "logit_gain"),
         *("flip_rate", "control_flip_rate", "p_value", "n_tested", "removal_cost", "removal_p_value"),
-        *("mask", "pattern", "scores"),
+        *("mask", "pattern", "scores", "unusual"),
     )
 )
 _CAVEATS = (
@@ -155,6 +155,7 @@ def _artifact(
         removal_p_value=finite(row.get("removal_p_value")),
         n_tested=row.get("n_tested"),
         kind=None if row.get("kind") is None else str(row["kind"]),
+        unusual=row["unusual"] if isinstance(row.get("unusual"), bool) else None,
         opacity=finite(row.get("opacity")) if isinstance(row.get("opacity"), int | float) else None,
         further=facts(row, _OF_ARTIFACT),
         tables=tables(row),

@@ -69,7 +69,7 @@ def _light(
     if candidates is None or row is None:
         return Light(index, name, "none", "not judged: no causal test yet")
     stands_out = q is not None and q <= LEVEL
-    tested = f"{len(candidates)} tested, no effect" if candidates else "nothing to test"
+    tested = f"{len(candidates)} tested, none passed" if candidates else "nothing to test"
     if stands_out:
         return Light(index, name, "amber", f"stands out (q {p_value(q)}); {tested}")
     return Light(index, name, "green", f"q {p_value(q)}; {tested}")

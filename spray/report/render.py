@@ -85,6 +85,8 @@ def environment() -> Environment:
         "size",
         "status_name",
         "left_name",
+        "left_sentence",
+        "why_rejected",
     ):
         made.filters[name] = getattr(words, name)
     for name in ("model_name", "model_role", "verdict_name", "verdict_meaning"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from spray.report.data import Share
+from collections.abc import Sequence
+
+from spray.report.data import Artifact, Recheck, Share
 
 NOT_KNOWN = "–"
 
@@ -47,19 +49,23 @@ _STATUSES = {
     "stale": "is out of date",
     "not asked": "was not asked for",
 }
-_VERDICTS = {
-    "backdoor": "Backdoor",
+VERDICTS = {
+    "backdoor": "backdoor",
     "clever_hans": "Clever Hans",
-    "sample_bias": "Sample bias",
-    "no_effect": "No effect",
+    "sample_bias": "sample bias",
+    "no_effect": "no effect",
 }
-_MEANINGS = {
-    "backdoor": "The artifact alone turns images of other classes into this class.",
-    "clever_hans": "The artifact adds evidence for this class, more than a control patch does.",
-    "sample_bias": "Some kind of sample is missing or over-represented in the training data of this class.",
-    "no_effect": "Adding the candidate does not reliably move predictions more than the control patch does.",
-}
+"""What verdicts are called, within a sentence."""
 
+_MEANINGS = {
+    "backdoor": "The artifact alone turns images of other classes into this class, whose own images do without it.",
+    "clever_hans": "The artifact turns images of other classes into this class, more than a control patch does, and "
+    "removing it costs the class's own images.",
+    "sample_bias": "Some kind of sample is missing or over-represented in the training data of this class.",
+    "no_effect": "The candidate did not pass the causal test.",
+}
+_LEVEL = 0.05
+"""p-values from which on an effect is no more than chance, as the causal test has it."""
 
 PROVENANCE = {
     "spray_version": "spray",
@@ -135,9 +141,52 @@ def model_role(name: str) -> str:
     return _ROLES.get(name, "")
 
 
+def left_sentence(rechecks: Sequence[Recheck]) -> str:
+    """Return what the artifacts still do in the corrected model, in a sentence; empty where none was looked at."""
+    if not rechecks:
+        return ""
+    gone, acting = ([row for row in rechecks if row.verdict == verdict] for verdict in ("gone", "left"))
+    groups = [row for row in rechecks if row.verdict == "no_effect"]
+    if acting:
+        head = f"{_listed(acting)} still {'acts' if len(acting) == 1 else 'act'} on the corrected model"
+        if len(acting) == len(rechecks):
+            return head + "."
+        rest = "the other does not" if len(rechecks) - len(acting) == 1 else "the others do not"
+        return f"{head}; {rest}."
+    if len(gone) == len(rechecks):
+        return "Nothing that was found acts on the corrected model any more; no cluster of its samples stands out."
+    if len(groups) == len(rechecks) - len(gone):
+        # Which is no contradiction: what samples share can tell them apart without deciding anything.
+        return (
+            "Nothing that was found acts on the corrected model any more, though the samples of "
+            f"{_listed(groups)} still form a cluster there."
+        )
+    return "What is left of each artifact in the corrected model is listed below."
+
+
+def _listed(rows: Sequence[Recheck], most: int = 6) -> str:
+    names = [row.artifact for row in rows]
+    if len(names) > most:
+        names = [*names[:most], f"{number(len(names) - most)} more"]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def why_rejected(artifact: Artifact) -> str:
+    """Return why a candidate is no finding, from what the causal test measured; empty where that isn't known."""
+    rates = artifact.flip_rate, artifact.control_flip_rate
+    if artifact.p_value is None or None in rates:
+        return ""
+    if artifact.p_value >= _LEVEL or rates[0] <= rates[1]:  # type: ignore[operator]
+        return "moves predictions no more than its control"
+    if artifact.unusual is False:
+        return "its samples are an ordinary kind of image"
+    return "moves few predictions, or not by what was cut out"
+
+
 def verdict_name(verdict: str) -> str:
-    """Return a verdict in words."""
-    return _VERDICTS.get(verdict, verdict)
+    """Return a verdict in words, as a heading."""
+    name = VERDICTS.get(verdict)
+    return verdict if name is None else name[:1].upper() + name[1:]
 
 
 def verdict_meaning(verdict: str) -> str:
