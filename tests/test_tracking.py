@@ -61,7 +61,6 @@ def test_an_unknown_tracker_is_refused():
 
 
 def read_events(folder: Path) -> Any:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
@@ -69,7 +68,6 @@ def read_events(folder: Path) -> Any:
 
 
 def test_tensorboard_reads_numbers_pictures_and_embeddings(tmp_path):
-    pytest.importorskip("tensorboard")
     folder = track(context(tmp_path))
     assert folder == tmp_path / "tensorboard"
     run = read_events(folder / "run")
@@ -106,7 +104,6 @@ def test_tensorboard_reads_numbers_pictures_and_embeddings(tmp_path):
 
 
 def test_what_did_not_change_is_left_and_what_did_is_written_anew(tmp_path):
-    pytest.importorskip("tensorboard")
     given = context(tmp_path)
     track(given)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "tensorboard").rglob("*") if path.is_file()}
@@ -129,7 +126,6 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
 
 
 def test_mlflow_reads_the_run(tmp_path):
-    pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient
 
     folder = track(context(tmp_path, "mlflow"))
