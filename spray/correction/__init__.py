@@ -5,7 +5,7 @@ Anders et al., "Finding and removing Clever Hans: using explanation methods to d
 .. include:: guide.md
 """
 
-from spray.correction import fine_tuning, guided, input_gradients, latent, projection, refitting
+from spray.correction import augmentation, fine_tuning, guided, input_gradients, latent, projection, refitting
 from spray.correction.base import CORRECTIONS, Finding, Problem, check_methods
 from spray.correction.cav import pattern_cav
 from spray.correction.options import Options, check_options
@@ -18,6 +18,7 @@ __all__ = [
     "Problem",
     "Projected",
     "Projection",
+    "augmentation",
     "check_methods",
     "check_options",
     "fine_tuning",

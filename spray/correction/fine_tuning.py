@@ -1,4 +1,4 @@
-"""Corrections that train on with other samples: A-ClArC at the input, group-balanced re-training, and the control."""
+"""The control, which trains on, and group-balanced re-training, which does so with samples drawn otherwise."""
 
 from __future__ import annotations
 
@@ -11,36 +11,11 @@ from spray.correction.base import CONTROL, CORRECTIONS, Problem
 from spray.correction.groups import balance
 from spray.training import Objective, Transform, cross_entropy, train
 
-SHARE = 0.5
-"""Share of the images that A-ClArC adds an artifact to."""
-
 
 @CORRECTIONS.register(CONTROL)
 def fine_tuned(problem: Problem) -> nn.Module:
     """Train on without any change to the images: what the budget alone does."""
     return fine_tune(problem)
-
-
-@CORRECTIONS.register("a_clarc")
-def a_clarc(problem: Problem) -> nn.Module:
-    """Train on with the isolated artifacts added to half of the images, whatever their class.
-
-    Augmentative ClArC in input space (Anders et al. 2022, section 4.1): what occurs in every class says nothing about
-    any.
-    """
-    rng = np.random.default_rng([problem.seed, 41])
-
-    def add(pixels: Tensor, indices: np.ndarray) -> Tensor:
-        chosen = np.flatnonzero(rng.random(len(pixels)) < SHARE)
-        kinds = rng.integers(0, len(problem.findings), size=len(chosen))
-        pixels = pixels.clone()
-        for kind, finding in enumerate(problem.findings):
-            mine = chosen[kinds == kind]
-            if len(mine):
-                pixels[mine] = finding.artifact.insert(pixels[mine], rng.integers(0, 2**31, len(mine)))
-        return pixels
-
-    return fine_tune(problem, transform=add)
 
 
 @CORRECTIONS.register("group_balanced")
