@@ -11,7 +11,8 @@ from scipy.linalg import eigh, qr
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 from scipy.sparse.linalg import LinearOperator, eigsh
-from threadpoolctl import threadpool_limits
+
+from spray.analysis.threads import one_blas_thread
 
 DENSE = 400
 """Components with at most so many nodes are solved densely: as fast, and exact."""
@@ -48,7 +49,7 @@ def smallest_pairs(affinity: csr_matrix, m: int, seed: int) -> tuple[np.ndarray,
     if m == 1:
         return np.zeros(1), constant[:, None]
     # One thread: the bits don't depend on how many there are.
-    with threadpool_limits(1, "blas"):
+    with one_blas_thread():
         if n <= DENSE or m >= n - 1:
             values, vectors = _dense(affinity, degree, constant, m - 1)
         else:

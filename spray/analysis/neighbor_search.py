@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 
+from spray.analysis.threads import one_blas_thread
 from spray.analysis.vectors import Vectors
 
 Task = TypeVar("Task")
@@ -50,7 +50,7 @@ class Screen(NamedTuple):
 def in_threads(function: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Result]:
     """Return what `function` gives for every task, in torch's number of threads, each with a BLAS of one thread."""
     threads = torch.get_num_threads()
-    with threadpool_limits(1, "blas"):
+    with one_blas_thread():
         if threads == 1:
             return [function(task) for task in tasks]
         with ThreadPoolExecutor(threads) as pool:
@@ -77,7 +77,7 @@ def components(vectors: Vectors, rows: np.ndarray, most: int, seed: int) -> np.n
     """
     sample = vectors.centred(rows)
     start = np.random.default_rng(seed).standard_normal((sample.shape[1], min(most + 16, *sample.shape)))
-    with threadpool_limits(1, "blas"):
+    with one_blas_thread():
         basis = start.astype(np.float32)
         for _ in range(3):
             basis = np.linalg.qr(sample.T @ (sample @ basis))[0]
