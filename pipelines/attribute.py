@@ -7,8 +7,6 @@ before, and at the end they are streamed into `attributions.h5`.
 
 from __future__ import annotations
 
-import csv
-import io
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from spray.csvs import csv_text
 from spray.errors import UserError
 from spray.pipelines.compute import backend
 from spray.pipelines.compute.base import (
@@ -186,15 +185,14 @@ def _facts(context: Context, results: Sequence[ShardFacts]) -> dict[str, Any]:
 
 def _write_quarantined(context: Context, results: Sequence[ShardFacts]) -> None:
     """Write which samples could not be explained, and which files were left out from the start, with reasons."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["sample_index", "name", "reason"])
-    for result in results:
-        for index, reason in sorted(result.quarantined.items()):
-            writer.writerow([index, context.train.names[index], reason])
+    rows: list[tuple[int | None, str, str]] = [
+        (index, context.train.names[index], reason)
+        for result in results
+        for index, reason in sorted(result.quarantined.items())
+    ]
     # These have no row: they were no images from the start.
-    writer.writerows(["", name, reason] for name, reason in context.train.unreadable)
-    write_text(context.run_dir / QUARANTINED, table.getvalue())
+    rows += [(None, name, reason) for name, reason in context.train.unreadable]
+    write_text(context.run_dir / QUARANTINED, csv_text(["sample_index", "name", "reason"], rows))
 
 
 def _assembled(context: Context, job: Job) -> dict[str, Any] | None:

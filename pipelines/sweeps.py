@@ -58,19 +58,22 @@ STOP_SECONDS = 30.0
 
 
 def write_index(ends: Ends) -> Path | None:
-    """Write `index.html`, which compares the runs of a sweep, beside them; return where, None if there was no sweep.
+    """Write `index.html` and `runs.csv`, which compare the runs of a sweep, beside them; return where the page is.
 
-    It shows all runs in the sweep's folder, also those of earlier commands. That it can't be written is no failure.
+    None if there was no sweep. They show all runs in the sweep's folder, also those of earlier commands. That they
+    can't be written is no failure.
     """
     sweeps = {end.sweep for end in ends.jobs if end.sweep}
     written = None
     for sweep in sorted(sweeps):
         from spray.report.index import read_runs, render_index
+        from spray.report.runs_table import runs_csv
         from spray.storage import write_text
 
         lines = {Path(end.folder).name: end.line for end in ends.jobs if end.line and end.sweep == sweep}
         try:
             runs = read_runs(Path(sweep), lines)
+            write_text(Path(sweep) / "runs.csv", runs_csv(runs))
             write_text(Path(sweep) / "index.html", render_index(Path(sweep), runs))
         except Exception as error:
             print(f"spray: no comparison of the runs: {type(error).__name__}: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ import small
 import test_report as pages
 import test_sweep_index as sweeps
 
+from spray.csvs import guarded
 from spray.pipelines import isolate
 from spray.report import render
 from spray.report.index import read_runs, render_index
@@ -24,7 +25,8 @@ from spray.report.index import read_runs, render_index
 pytestmark = [browser.needed, pytest.mark.slow]
 
 LONG = "x" * 10_000
-NAMES = [pages.HOSTILE, f"{LONG}.png", 'a,"b"\nc.png', "=1+1", "עברית/تجربة 😀.png", "plain.png"]
+FORMULAS = ["=1+1", "=cmd|' /C calc'!A0", "+1x", "-2+3", "@SUM(1)", "\t=1", "\r=1", "'=1", "-1", "1-2", "\uff1d1"]
+NAMES = [pages.HOSTILE, f"{LONG}.png", 'a,"b"\nc.png', "עברית/تجربة 😀.png", "plain.png", *FORMULAS]
 MARGIN = 22  # of the plot, in scatter.js
 
 
@@ -95,12 +97,17 @@ def inside(low, high) -> list[int]:
 def saved(seen, button) -> str:
     with seen.page.expect_download() as download:
         button.click()
-    return Path(download.value.path()).read_text(encoding="utf-8")
+    return Path(download.value.path()).read_bytes().decode()
 
 
 def valid(name: str) -> str:
     """Return a name as a page can hold it: what is no valid UTF-8 becomes the replacement character."""
     return "".join("\ufffd" if 0xD800 <= ord(char) < 0xE000 else char for char in name)
+
+
+def in_csv(name: str) -> str:
+    """Return a name as a CSV holds it, where it is no formula."""
+    return guarded(valid(name))
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
@@ -168,7 +175,7 @@ def test_lasso_selects_and_the_selection_is_saved(seen):
     assert seen.page.locator(".thumbs").first.locator("canvas").count() == 24
     rows = rows_of(saved(seen, seen.page.locator("[data-do=csv]").first))
     assert [int(row["sample_index"]) for row in rows] == plot.indices[expected].tolist()
-    assert [row["name"] for row in rows] == [valid(plot.names[i]) for i in expected]
+    assert [row["name"] for row in rows] == [in_csv(plot.names[i]) for i in expected]
     assert [int(row["cluster: kmeans-04"]) for row in rows] == plot.clusters[expected].tolist()
     assert [int(row["artifact"]) for row in rows] == plot.members[expected].astype(int).tolist()
     scores = plot.scores["artifact score of a1"][expected]
@@ -190,17 +197,35 @@ def test_shift_adds_to_the_selection(seen):
     assert said.startswith(f"{len(first) + len(second)} samples")
 
 
-def test_hostile_names_are_saved_as_they_are(seen):
+def test_hostile_names_are_saved_as_they_are_but_no_formulas(seen):
+    assert [name for name in FORMULAS if guarded(name) == name] == ["-1", "1-2"]
     seen.page.locator("[data-do=shown]").first.click()
     rows = rows_of(saved(seen, seen.page.locator("[data-do=csv]").first))
-    assert [row["name"] for row in rows[: len(NAMES)]] == [valid(name) for name in NAMES]
+    assert [row["name"] for row in rows[: len(NAMES)]] == [in_csv(name) for name in NAMES]
+    as_json = json.loads(saved(seen, seen.page.locator("[data-do=json]").first))
+    assert [row["name"] for row in as_json[: len(NAMES)]] == NAMES
+
+
+def test_the_ranking_is_saved(seen):
+    data = hostile()
+    rows = rows_of(saved(seen, seen.page.locator("button[data-table][data-format=csv]")))
+    assert [row["row"] for row in rows] == ["class"] * 3 + ["cluster"] * 14
+    assert [row["class"] for row in rows] == [in_csv(row.class_name) for row in (*data.classes, *data.clusters)]
+    assert [row["cluster"] for row in rows[3:]] == [row.cluster for row in data.clusters]
+    separability = [row.separability for row in (*data.classes, *data.clusters)]
+    assert [float(row["separability"]) for row in rows] == pytest.approx(separability, rel=1e-5)
+    assert [row["artifact"] for row in rows[:2]] == ["1", "0"]
+    as_json = json.loads(saved(seen, seen.page.locator("button[data-table][data-format=json]")))
+    assert as_json[0]["class"] == pages.HOSTILE
+    assert as_json[0]["p_value"] == 0.001
+    assert as_json[0]["q_value"] is None
 
 
 def test_samples_of_an_artifact_are_saved(seen):
     found = hostile().artifacts[0]
     rows = rows_of(saved(seen, seen.page.locator("button[data-format=csv]").first))
     assert [int(row["sample_index"]) for row in rows] == list(found.samples)
-    assert [row["name"] for row in rows] == [valid(name) for name in found.sample_names]
+    assert [row["name"] for row in rows] == [in_csv(name) for name in found.sample_names]
     as_json = json.loads(saved(seen, seen.page.locator("button[data-format=json]").first))
     assert [row["sample_index"] for row in as_json] == list(found.samples)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import subprocess
@@ -15,6 +17,7 @@ from test_report import HOSTILE, Page
 
 from spray.pipelines.sweeps import Ends, JobEnd, write_index
 from spray.report.index import differing, read_runs, render_index
+from spray.report.runs_table import runs_csv
 
 
 def model(clean: float, attacked: float | None) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def test_page_says_how_many_found_what_and_links_the_reports(tmp_path):
     (missed / "report.html").unlink()
     page = render_index(tmp_path, read_runs(tmp_path))
     links = [dict(attributes)["href"] for tag, attributes in Page(page).tags if tag == "a"]
-    assert links == ["#runs", "seed%3D0%2Ca%3D%231%3F/report.html"]
+    assert links == ["#runs", "seed%3D0%2Ca%3D%231%3F/report.html", "runs.csv"]
     said = words(tmp_path)
     assert "1 of 2 runs found an artifact, 1 found none." in said
     assert "An artifact was planted in 2 runs that came to a verdict; 1 found it." in said
@@ -130,6 +133,27 @@ def test_hostile_names_are_text(tmp_path):
     assert not tags & {"script", "img"}
 
 
+def test_table_of_runs_has_numbers_as_numbers_and_no_formulas(tmp_path):
+    planted = write_run(tmp_path, "=1+1", ["seed=-1", "note=@SUM(1)", "=b=x"], class_name="=cmd|' /C calc'!A0")
+    plant(planted, [1, 2, 3, 4, 5, 6, 7, 8])
+    write_run(tmp_path, "b", ["seed=-2"], found=False)
+    write_run(tmp_path, "c", ["seed=-3"], isolate="failed")
+    text = runs_csv(read_runs(tmp_path))
+    rows = {row["seed"]: row for row in csv.DictReader(io.StringIO(text, newline=""))}
+    assert sorted(rows) == ["-1", "-2", "-3"]
+    hit, none, failed = (rows[seed] for seed in ("-1", "-2", "-3"))
+    assert (hit["run"], hit["note"], hit["class"]) == ("'=1+1", "'@SUM(1)", "'=cmd|' /C calc'!A0")
+    numbers = {"flip_rate": 0.83, "precision": 1.0, "recall": 0.5, "clean_before": 0.9, "attacked_after": 0.86}
+    assert {name: float(hit[name]) for name in numbers} == numbers
+    assert (hit["state"], hit["artifacts"], hit["correction"], hit["seconds"]) == ("found", "1", "a_clarc", "16.0")
+    assert (none["state"], none["artifacts"], none["first_artifact"], none["note"]) == ("none", "0", "", "")
+    assert (failed["state"], failed["artifacts"]) == ("failed", "")
+    assert failed["told"].startswith("isolate: MemoryError")
+    for cell in (cell for row in csv.reader(io.StringIO(text, newline="")) for cell in row):
+        assert cell[:1] not in ("=", "+", "@", "\t")
+        assert cell[:1] != "-" or float(cell) < 0
+
+
 def test_nothing_there_is_a_page_too(tmp_path):
     assert "No run is here yet." in words(tmp_path)
 
@@ -142,6 +166,8 @@ def test_it_is_made_once_for_each_sweep_and_never_a_failure(tmp_path, capsys):
     ends.note(JobEnd(1, 0, "", str(tmp_path / "seed=0"), str(tmp_path)))
     assert write_index(ends) == tmp_path / "index.html"
     assert "1 of 1 run found an artifact" in Page((tmp_path / "index.html").read_text()).words()
+    (row,) = csv.DictReader((tmp_path / "runs.csv").open(newline=""))
+    assert (row["run"], row["seed"], row["state"]) == ("seed=0", "0", "found")
     ends.note(JobEnd(2, 0, "", "x", str(tmp_path / "gone")))
     write_index(ends)
     assert "no comparison of the runs" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from spray.csvs import unguarded
 from spray.data.base import ImageDataset
 from spray.report.data import Check, OutputRow, StageRow
 from spray.report.words import LABELS, PROVENANCE, number
@@ -131,7 +132,10 @@ class Results:
             # The others had been left out from the start.
             rows = [row for row in csv.DictReader(file) if row["sample_index"]]
         return {
-            int(row["sample_index"]): f"{row['name']} (sample {row['sample_index']}): {row['reason']}" for row in rows
+            int(
+                row["sample_index"]
+            ): f"{unguarded(row['name'])} (sample {row['sample_index']}): {unguarded(row['reason'])}"
+            for row in rows
         }
 
 

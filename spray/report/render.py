@@ -22,6 +22,7 @@ _SMALL = 64  # pixels: up to this size a picture is enlarged without smoothing
 _CONTROLS = ("original", "fine_tune", "fine_tuned", "never_poisoned", "ceiling")
 _SCRIPTS = ("report.js", "scatter.js")
 _LISTED = 20_000  # samples of an artifact in the page at most
+_RANKED = 2_000  # rows of the ranking that can be downloaded
 
 _PAGE = 4_800_000
 """Characters that a page may take; thumbnails get what is left."""
@@ -51,6 +52,7 @@ def render(data: ReportData) -> str:
         control=_model(data.models, "fine_tuned") or _model(data.models, "fine_tune"),
         best=_model(data.models, data.chosen.method) if data.chosen else best_correction(data.models),
         lists=lists,
+        ranks=_ranks(data),
         level=LEVEL,
         plots=plots(data.embeddings or (), data.class_names, max(_LEAST, _PAGE - _TEXT - taken)),
         scale=pictures.scale_uri(),
@@ -115,6 +117,44 @@ def _tiles(data: ReportData, options: dict[str, Any]) -> dict[int, str]:
         for group in artifact.galleries
         for tile in group.tiles
     }
+
+
+def _ranks(data: ReportData) -> dict[str, Any]:
+    """Return the rows of the ranking as they can be downloaded, classes before clusters."""
+    rows = [
+        (what, row)
+        for what in ("class", "cluster")
+        for row in (data.classes if what == "class" else data.clusters) or ()
+    ]
+    columns = (
+        "row",
+        "rank",
+        "class_index",
+        "class",
+        "cluster",
+        "samples",
+        "separability",
+        "score",
+        "p_value",
+        "q_value",
+    )
+    return {
+        "name": "ranking",
+        "columns": (*columns, "artifact"),
+        "rows": [
+            (
+                *(what, row.rank, row.class_index, row.class_name, row.cluster, row.size),
+                *(_short(value) for value in (row.separability, row.score, row.p_value, row.q_value)),
+                int(row.found),
+            )
+            for what, row in rows[:_RANKED]
+        ],
+    }
+
+
+def _short(value: float | None) -> float | None:
+    """Return a number with the digits that mean something."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _sample_list(artifact: Artifact) -> dict[str, Any]:

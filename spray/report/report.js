@@ -12,11 +12,24 @@ function save(name, format, rows) {
   setTimeout(() => URL.revokeObjectURL(address), 10000);
 }
 
-// RFC 4180; every text stands in quotes, whatever is in it.
+// RFC 4180; every text stands in quotes, whatever is in it. A name that a spreadsheet would take for a formula, which can
+// run programs, gets an apostrophe before it, unless it is nothing but a number: as spray/csvs.py has it.
+const FORMULA = /^'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]/, NUMBER = /^[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?$/;
+const guarded = text => FORMULA.test(text) && !NUMBER.test(text) ? "'" + text : text;
+
 function csv(rows) {
   const columns = rows.length ? Object.keys(rows[0]) : [];
-  const cell = value => typeof value === "string" ? '"' + value.replace(/"/g, '""') + '"' : String(value ?? "");
-  return [columns, ...rows.map(row => columns.map(column => cell(row[column])))].map(row => row.join(",") + "\n").join("");
+  const cell = value => typeof value === "string" ? '"' + guarded(value).replace(/"/g, '""') + '"' : String(value ?? "");
+  return [columns, ...rows.map(row => columns.map(column => row[column]))].map(row => row.map(cell).join(",") + "\n").join("");
+}
+
+// A table whose rows are all in the page, more than are shown.
+for (const button of document.querySelectorAll("button[data-table]")) {
+  button.addEventListener("click", () => {
+    const table = JSON.parse(document.getElementById(button.dataset.table).textContent);
+    const rows = table.rows.map(row => Object.fromEntries(table.columns.map((column, i) => [column, row[i]])));
+    save(table.name, button.dataset.format, rows);
+  });
 }
 
 for (const button of document.querySelectorAll("button[data-list]")) {
