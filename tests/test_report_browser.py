@@ -434,6 +434,28 @@ def test_files_of_a_real_run_agree_with_its_report(chromium, runs):
     assert {"ranking.png", "accuracies.pdf", "artifacts.png", "causal_effects.pdf"} <= figures
 
 
+@pytest.mark.parametrize("width", [360, 800, 1400])
+def test_many_settings_and_long_names_leave_the_page_of_a_sweep_readable(chromium, tmp_path, width):
+    """Names of folders hold what runs were given: hundreds of characters, and many settings that differ."""
+    for seed in (0, 1):
+        given = [f"seed={seed}", *(f"dataset.options.key_{i}={'/long/path' * 12}_{seed}{i}" for i in range(14))]
+        sweeps.write_run(tmp_path, ",".join(given).replace("/", "-")[:240], given, class_name="motorcycle, " * 30)
+    file = tmp_path / "index.html"
+    file.write_text(render_index(tmp_path, read_runs(tmp_path)), encoding="utf-8")
+    with browser.opened(chromium, file, width) as seen:
+        assert seen.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        # The verdict is seen without scrolling sideways, and a run takes less than two screens.
+        right = seen.page.locator(".runs .state").first.evaluate("e => e.getBoundingClientRect().right")
+        assert right <= width
+        assert seen.page.locator(".runs tbody tr").first.evaluate("e => e.offsetHeight") < 1600
+        hidden = seen.page.locator(".further-cell details").first
+        assert hidden.locator("summary").inner_text() == "11 more"
+        hidden.locator("summary").click()
+        assert "dataset.options.key_13" in hidden.inner_text()
+        assert seen.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        seen.assert_quiet()
+
+
 @pytest.mark.parametrize("width", [390, 820, 1280])
 def test_page_of_a_sweep_opens_quietly_and_leads_to_the_reports(chromium, tmp_path, width):
     name = "seed=0,a=" + "b" * 120

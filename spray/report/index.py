@@ -21,7 +21,7 @@ from spray.report.verified import chosen, finite, model_result
 _HERE = Path(__file__).parent
 _OWN = ("run_dir", "stages", "plan")
 """Keys that do not make a run another one."""
-_COLUMNS = 8  # parameters in the table at most
+_COLUMNS = 4  # settings with a column of their own at most: the verdict is to be seen without scrolling
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def render_index(sweep: Path, runs: Sequence[Run], title: str = "") -> str:
             title=title or sweep.name,
             runs=runs,
             columns=columns[:_COLUMNS],
-            hidden=columns[_COLUMNS:],
+            further=columns[_COLUMNS:],
             counts={
                 state: sum(run.state == state for run in runs) for state in ("found", "none", "failed", "incomplete")
             },
