@@ -54,11 +54,11 @@ class Balanced:
         return {"images": self.counts.tolist(), "filled": filled}
 
 
-def balance(problem: Problem, indices: np.ndarray | None = None) -> Balanced:
+def balance(problem: Problem, indices: np.ndarray | None = None, share: float = 0.5) -> Balanced:
     """Return how to draw from the training images such that each class has each artifact equally often.
 
-    In every class half of the images that are drawn carry no artifact, and the other half are shared out equally
-    among the artifacts; classes keep their frequencies. Where a class has fewer than `FEWEST` images with an artifact
+    In every class a share of the images that are drawn carries an artifact, the same of each artifact, and the others
+    carry none; classes keep their frequencies. Where a class has fewer than `FEWEST` images with an artifact
     these are left out and, with `fill_groups`, the isolated artifact is added to images of the class without one;
     without `fill_groups` that artifact is drawn in no class. (The other way round, where a class hardly has images
     without an artifact, those that it has are drawn as often as the other groups.)
@@ -69,6 +69,8 @@ def balance(problem: Problem, indices: np.ndarray | None = None) -> Balanced:
         With its findings' scores.
     indices : ndarray of int, optional
         The images to draw from; by default all.
+    share : float
+        Of the images with an artifact; by default as many as without.
     """
     labels = np.asarray(problem.train.labels)
     n_classes, n_kinds = len(problem.train.classes), 1 + len(problem.findings)
@@ -78,8 +80,8 @@ def balance(problem: Problem, indices: np.ndarray | None = None) -> Balanced:
     among = np.ones(len(labels), dtype=bool) if indices is None else np.isin(np.arange(len(labels)), indices)
     counts = np.zeros((n_classes, n_kinds), dtype=np.int64)
     np.add.at(counts, (labels[among], attribute[among]), 1)
-    wanted = np.full(n_kinds, 0.5 / max(1, n_kinds - 1))
-    wanted[0] = 0.5
+    wanted = np.full(n_kinds, share / max(1, n_kinds - 1))
+    wanted[0] = 1 - share
     lacks = counts < FEWEST
     lacks[:, 0] = counts[:, 0] == 0
     if not problem.options.fill_groups:

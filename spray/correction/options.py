@@ -19,11 +19,11 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "rr_clarc": (1.0, 10.0, 100.0, 1000.0),
     "rrr": (1.0, 3.0, 10.0, 30.0, 100.0),
     "lrp_guided": (0.3, 1.0, 3.0),
-    "dfr": (0.1, 1.0, 10.0, 100.0, 1000.0),
+    "dfr": (100.0, 10.0, 1.0),
 }
 """The strengths that are tried, the weakest first: the share of the way that is projected (P-ClArC), of the
-activations that are changed (latent A-ClArC), the weight of the penalty or second loss, and what DFR's logistic
-regression is regularised with (1 / C)."""
+activations that are changed (latent A-ClArC), the weight of the penalty or second loss, and what holds DFR's logistic
+regression to the layer that it had been (1 / C)."""
 
 
 @dataclass(frozen=True)
