@@ -63,7 +63,7 @@ def substitute(stage: Stage, config: SprayConfig) -> Stage:
 
 def take_attributions(context: Context) -> dict[str, Any]:
     """Write `attributions.h5` from the project's files."""
-    from spray.virelay_project import write_attributions
+    from spray.virelay_heatmaps import write_attributions
 
     project, n = _project(context), len(context.train)
     found = write_attributions(project, context.train, context.run_dir / "attributions.h5")

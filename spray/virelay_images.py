@@ -15,7 +15,8 @@ from spray.data.items import ItemDataset
 from spray.data.listed import printable
 from spray.errors import UserError
 from spray.store.foreign import open_foreign, reading_errors
-from spray.virelay_project import label_number, numbered
+from spray.virelay_heatmaps import label_number
+from spray.virelay_project import numbered
 
 if TYPE_CHECKING:
     from spray.virelay_project import Project

@@ -19,7 +19,8 @@ from small import run
 from spray.errors import UserError
 from spray.storage import read_json
 from spray.store import open_attributions
-from spray.virelay_project import read_project, write_attributions
+from spray.virelay_heatmaps import write_attributions
+from spray.virelay_project import read_project
 
 N, SIDE = 60, 12
 NUMBERS = np.array([3, 7])
