@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from spray.correction.base import CONTROL
-from spray.correction.choice import costs
+from spray.correction.guards import costs, fallen, value, worst_class
 from spray.correction.layers import INPUT
 from spray.correction.wrapped import innermost
 from spray.pipelines.context import Context
@@ -33,12 +33,12 @@ FOLDER = "rounds"
 LOOK = ("train", "attribute", "analyze", "rank", "isolate")
 """Stages that look for artifacts."""
 RULE = (
-    "highest accuracy under the isolated artifacts, on one half of the test images, among the corrections that cost no "
-    "clean accuracy there"
+    "highest accuracy under the isolated artifacts, less twice the clean accuracy that is lost, on one half of the "
+    "test images, among the corrections that cost no clean accuracy there, of all classes or of one"
 )
 LEAST = (
-    "every correction costs clean accuracy on one half of the test images; of this one clean accuracy and that under "
-    "the isolated artifacts are highest together"
+    "every correction costs clean accuracy, of all classes or of one, on one half of the test images; of this one "
+    "clean accuracy, that of the worst class and that under the isolated artifacts are highest together"
 )
 
 
@@ -102,25 +102,32 @@ def choose(labels: np.ndarray, hits: Mapping[str, Hits], seed: int, max_loss: fl
     Returns
     -------
     dict
-        `method`, `why`, `within_limit`, `n` images, `tried` (each model's clean and attacked accuracy on them) and
+        `method`, `why`, `within_limit`, `n` images, `tried` (each model's accuracies on them and what it is worth) and
         `other_half`, what the one that is chosen does on the others.
     """
-    half = half_of(np.asarray(labels), seed)
+    labels = np.asarray(labels)
+    half = half_of(labels, seed)
     reference, methods = hits["original"], [name for name in hits if name != "original"]
     # The control corrects nothing; where it is all that there is, it is what the next round goes on with.
     corrections = [name for name in methods if name != CONTROL] or methods
     tried: dict[str, Any] = {
-        name: {"clean_accuracy": float(hit.clean[half].mean()), "attacked_accuracy": hit.attacked_accuracy(half)}
+        name: {
+            "clean_accuracy": float(hit.clean[half].mean()),
+            "worst_class_accuracy": worst_class(hit.clean[half], labels[half]),
+            "attacked_accuracy": hit.attacked_accuracy(half),
+        }
         for name, hit in hits.items()
     }
+    before = tried["original"]["clean_accuracy"]
     for name in methods:
-        tried[name]["allowed"] = not costs(reference.clean[half], hits[name].clean[half], max_loss)
+        tried[name]["allowed"] = not _harms(reference, hits[name], labels, half, max_loss)
+        tried[name]["value"] = value(before, tried[name]["clean_accuracy"], tried[name]["attacked_accuracy"])
     allowed = [name for name in corrections if tried[name]["allowed"]]
-    best = (
-        max(allowed, key=lambda name: tried[name]["attacked_accuracy"])
-        if allowed
-        else max(corrections, key=lambda name: tried[name]["attacked_accuracy"] + tried[name]["clean_accuracy"])
-    )
+
+    def together(name: str) -> float:
+        return sum(tried[name][key] for key in ("attacked_accuracy", "clean_accuracy", "worst_class_accuracy"))
+
+    best = max(allowed, key=lambda name: tried[name]["value"]) if allowed else max(corrections, key=together)
     return {
         "method": best,
         "why": RULE if allowed else LEAST,
@@ -129,6 +136,17 @@ def choose(labels: np.ndarray, hits: Mapping[str, Hits], seed: int, max_loss: fl
         "tried": tried,
         "other_half": _accuracies(hits[best], ~half),
     }
+
+
+def _harms(reference: Hits, hits: Hits, labels: np.ndarray, half: np.ndarray, max_loss: float) -> bool:
+    """Return whether clean accuracy falls, of all classes or of one, or that of another class with an artifact."""
+    if costs(reference.clean[half], hits.clean[half], max_loss, labels[half]):
+        return True
+    for (others, before), (_, after) in zip(reference.attacked, hits.attacked, strict=True):
+        part = half & others
+        if fallen(before[part], after[part], labels[part]):
+            return True
+    return False
 
 
 def half_of(labels: np.ndarray, seed: int) -> np.ndarray:

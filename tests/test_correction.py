@@ -92,7 +92,10 @@ def test_says_what_was_tried_and_chosen_as_json(method: str, corrected: Correcte
         assert len(mine) == 1
         assert mine[0]["allowed"] == facts["within_limit"]
         assert facts["within_limit"], "in this world every method has a setting that costs nothing"
-        assert mine[0]["attacked"] == max(trial["attacked"] for trial in facts["tried"] if trial["allowed"])
+        assert mine[0]["value"] == max(trial["value"] for trial in facts["tried"] if trial["allowed"])
+        # Worth what it does with the artifact, less twice what it loses without.
+        lost = max(0.0, facts["reference"]["clean"] - mine[0]["clean"])
+        assert mine[0]["value"] == pytest.approx(mine[0]["attacked"] - 2 * lost, abs=3e-4)
 
 
 def test_is_deterministic_and_leaves_random_state_and_data_alone(

@@ -19,8 +19,9 @@ from spray.correction import CORRECTIONS, Finding, Options, check_options
 from spray.correction.axes import Axes
 from spray.correction.base import carriers, unmarked
 from spray.correction.checks import check_model
-from spray.correction.choice import Measure, Trial, Validation, choose, costs
+from spray.correction.choice import Measure, Trial, Validation, choose, harms
 from spray.correction.groups import FEWEST, balance
+from spray.correction.guards import costs, fallen
 from spray.correction.guided import relevance_weights
 from spray.correction.input_gradients import overlap
 from spray.correction.latent import sensitivity, towards
@@ -329,6 +330,36 @@ def test_a_loss_counts_beyond_its_limit_and_its_standard_error() -> None:
     # As many won as lost is no loss.
     half = np.arange(400) % 2 == 0
     assert not costs(half, ~half, 0.0)
+
+
+def test_no_class_may_pay_for_the_others() -> None:
+    labels = np.arange(480) % 8
+    before = np.arange(480) % 16 < 12  # three quarters of each pair of classes
+    after = before.copy()
+    # Class 3 is lost; as many others are won, so that all together nothing is.
+    after[labels == 3] = False
+    won = np.flatnonzero(~before & (labels != 3))[: int(before[labels == 3].sum())]
+    after[won] = True
+    assert after.sum() == before.sum()
+    assert not costs(before, after, 0.005)
+    assert costs(before, after, 0.005, labels)
+    assert fallen(before, after, labels) == [3]
+    assert not fallen(before, after, labels, max_loss=1.0), "where all may be lost a class may be too"
+    # A few images of sixty are chance: 10 points, of which two standard errors are 7.7.
+    after = before.copy()
+    after[np.flatnonzero(before & (labels == 3))[:6]] = False
+    assert not fallen(before, after, labels)
+    # Nor may a class be lost that the artifact is added to.
+    plain = [Measure(before, 0.5, labels, [(labels, hits)]) for hits in (before, before & (labels != 3))]
+    assert harms(plain[0], plain[1], 0.005)
+    assert not harms(plain[1], plain[0], 0.005)
+
+
+def test_a_point_of_clean_accuracy_is_worth_two_with_the_artifact(world: World) -> None:
+    for attacked, expected in ((0.519, 0), (0.521, 1)):
+        trials = [Trial({"strength": 0}, measured(0.9, 0.5)), Trial({"strength": 1}, measured(0.89, attacked))]
+        problem = world.problem(options=Options(max_loss=0.02))
+        assert choose(problem, measured(0.9, 0.1), trials).setting == {"strength": expected}
 
 
 def measured(right: float, attacked: float) -> Measure:

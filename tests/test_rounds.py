@@ -348,6 +348,22 @@ def test_what_the_other_half_shows_has_no_say() -> None:
     assert rounds.choose(labels, models, 0, 0.005)["method"] == "two"
 
 
+def test_a_correction_that_gives_up_a_class_is_not_chosen() -> None:
+    labels = np.arange(4000) % 4
+    models = {"original": hits(labels, 0.9, 0.2, 0), "one": hits(labels, 0.9, 0.6, 1), "two": hits(labels, 1.0, 0.9, 2)}
+    models["two"].clean[(labels == 3) & (np.arange(4000) % 8 == 3)] = False
+    assert models["two"].clean.mean() > 0.87
+    chosen = rounds.choose(labels, models, 0, 0.05)
+    assert (chosen["method"], chosen["tried"]["two"]["allowed"]) == ("one", False)
+    assert chosen["tried"]["two"]["worst_class_accuracy"] == pytest.approx(0.5, abs=0.03)
+    # With the artifact it may not either.
+    models["two"].clean[:] = True
+    models["original"].attacked[0][1][labels == 3] = True
+    models["one"].attacked[0][1][labels == 3] = True
+    models["two"].attacked[0][1][labels == 3] = False
+    assert not rounds.choose(labels, models, 0, 0.005)["tried"]["two"]["allowed"]
+
+
 def test_where_all_cost_clean_accuracy_the_best_of_both_is_chosen_and_said_to_be_too_dear() -> None:
     labels = np.arange(4000) % 4
     models = {"original": hits(labels, 0.9, 0.2, 0), "a": hits(labels, 0.7, 0.9, 1), "b": hits(labels, 0.8, 0.3, 2)}

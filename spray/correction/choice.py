@@ -1,9 +1,9 @@
 """Layer and strength, chosen on training images that are held back, without any truth about the artifact.
 
-The rule: of the settings that are tried, the one with the highest accuracy on held-back images of other classes that
-the isolated artifact is added to, among those that cost no clean accuracy. A setting costs clean accuracy if, on
-held-back images that carry no artifact, it gets more wrong than the reference by more than `max_loss` and one
-standard error of this difference. Strengths are tried from the weakest, until the first that costs clean accuracy.
+The rule (`spray.correction.guards`): of the settings that are tried, the one of the highest value among those that
+cost no clean accuracy, neither of all classes nor of one; the value is the accuracy on held-back images of other
+classes that the isolated artifact is added to, less twice what is lost of that on images without any artifact.
+Strengths are tried from the weakest, until the first that costs clean accuracy.
 The reference of a projection is the model itself; that of a method that trains is the control, fine-tuned with the
 same budget on the same images (for a refitted last layer: refitted to these as they are), since training on moves the
 accuracy by itself. If every setting costs clean accuracy, the one that costs least is taken and the facts say so.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from spray.correction.axes import Axes, fit_axes, joint, projected, reactive
 from spray.correction.base import Finding, Problem, inputs, unmarked
+from spray.correction.guards import costs, fallen, value, worst_class
 from spray.correction.layers import INPUT, activations, candidates, channel_dim, output_layer
 from spray.correction.options import AUTO, STRENGTHS
 from spray.errors import UserError
@@ -42,10 +43,17 @@ class Measure:
         (n,): whether each image without an artifact is classified right.
     attacked : float
         Accuracy on images of other classes with the isolated artifact added, the mean over artifacts.
+    labels : ndarray of int, optional
+        (n,): the classes of the images without an artifact.
+    groups : sequence of tuple
+        For each artifact of images of other classes that it is added to their classes, (m,) of int, and whether each is
+        classified right, (m,) of bool.
     """
 
     right: np.ndarray
     attacked: float
+    labels: np.ndarray | None = None
+    groups: Sequence[tuple[np.ndarray, np.ndarray]] = ()
 
 
 @dataclass(frozen=True)
@@ -88,15 +96,16 @@ class Validation:
     def measure(self, model: nn.Module) -> Measure:
         """Return what a model does on the held-back images."""
         right = self._logits(model, self.clean).argmax(dim=1).numpy() == self.labels[self.clean]
-        shares = []
+        shares, groups = [], []
         for finding, others in self.attacks:
 
             def add(pixels: Tensor, indices: np.ndarray, finding: Finding = finding) -> Tensor:
                 return finding.artifact.insert(pixels, self.draws[indices])
 
-            predicted = self._logits(model, others, add).argmax(dim=1).numpy()
-            shares.append(float((predicted == self.labels[others]).mean()) if len(others) else 0.0)
-        return Measure(right, float(np.mean(shares)))
+            hits = self._logits(model, others, add).argmax(dim=1).numpy() == self.labels[others]
+            shares.append(float(hits.mean()) if len(others) else 0.0)
+            groups.append((self.labels[others], hits))
+        return Measure(right, float(np.mean(shares)), self.labels[self.clean], groups)
 
     def _logits(
         self, model: nn.Module, indices: np.ndarray, transform: Callable[[Tensor, np.ndarray], Tensor] | None = None
@@ -113,21 +122,12 @@ class Validation:
         )
 
 
-def costs(reference: np.ndarray, right: np.ndarray, max_loss: float) -> bool:
-    """Return whether clean accuracy falls: by more than `max_loss` and one standard error of the paired difference.
-
-    Parameters
-    ----------
-    reference, right : ndarray of bool
-        (n,): whether each image is classified right, before and after.
-    max_loss : float
-        The share that may be lost.
-    """
-    n = max(1, len(right))
-    difference = reference.astype(int) - right.astype(int)
-    loss = difference.mean() if len(difference) else 0.0
-    error = np.sqrt(max(0.0, float((difference**2).sum() / n - loss**2)) / n)
-    return bool(loss > max_loss + error)
+def harms(reference: Measure, measure: Measure, max_loss: float) -> bool:
+    """Return whether clean accuracy falls, of all classes or of one, or that of a class with an artifact added."""
+    if costs(reference.right, measure.right, max_loss, measure.labels):
+        return True
+    pairs = zip(reference.groups, measure.groups, strict=False)
+    return any(bool(fallen(before, after, labels)) for (labels, before), (_, after) in pairs)
 
 
 def choose(problem: Problem, reference: Measure, trials: Iterable[Trial], stop: bool = True) -> Trial:
@@ -151,23 +151,32 @@ def choose(problem: Problem, reference: Measure, trials: Iterable[Trial], stop: 
     """
     made: list[Trial] = []
     for trial in trials:
-        fine = not costs(reference.right, trial.measure.right, problem.options.max_loss)
+        fine = not harms(reference, trial.measure, problem.options.max_loss)
         made.append(replace(trial, allowed=fine))
         if stop and not fine:
             break
     if not made:
         raise UserError("no layer of the model can be corrected; set correction.layer, or use a_clarc")
     allowed = [trial for trial in made if trial.allowed]
+    before = _clean(reference)
+
+    def worth(trial: Trial) -> float:
+        return value(before, _clean(trial.measure), trial.measure.attacked)
+
     best = (
-        max(allowed, key=lambda trial: trial.measure.attacked)
+        max(allowed, key=worth)
         if allowed
         else max(made, key=lambda trial: (float(trial.measure.right.mean()), trial.measure.attacked))
     )
     facts = {
         "reference": _numbers(reference),
-        "tried": [trial.setting | _numbers(trial.measure) | {"allowed": trial.allowed} for trial in made],
+        "tried": [
+            trial.setting | _numbers(trial.measure) | {"value": round(worth(trial), 4), "allowed": trial.allowed}
+            for trial in made
+        ],
         "chosen": best.setting,
-        "why": "highest accuracy under the isolated artifact among those that cost no clean accuracy"
+        "why": "highest value (accuracy under the isolated artifact, less twice the clean accuracy that is lost) among "
+        "those that cost no clean accuracy, of all classes or of one"
         if allowed
         else "every setting costs clean accuracy on held-back training images; this one costs least",
         "within_limit": bool(allowed),
@@ -180,9 +189,15 @@ def choose(problem: Problem, reference: Measure, trials: Iterable[Trial], stop: 
     return best
 
 
+def _clean(measure: Measure) -> float:
+    return float(measure.right.mean()) if len(measure.right) else float("nan")
+
+
 def _numbers(measure: Measure) -> dict[str, float]:
-    clean = float(measure.right.mean()) if len(measure.right) else float("nan")
-    return {"clean": round(clean, 4), "attacked": round(measure.attacked, 4)}
+    numbers = {"clean": _clean(measure), "attacked": measure.attacked}
+    if measure.labels is not None and len(measure.right):
+        numbers["worst_class"] = worst_class(measure.right, measure.labels)
+    return {key: round(number, 4) for key, number in numbers.items()}
 
 
 def validation(problem: Problem) -> Validation:
@@ -227,7 +242,7 @@ def choose_projection(
 
     def tried(axes: list[Axes], strength: float) -> Trial:
         measure = split.measure(projected(problem.model, make(axes, strength), problem.device))
-        fine = not costs(reference.right, measure.right, problem.options.max_loss)
+        fine = not harms(reference, measure, problem.options.max_loss)
         return Trial({"layer": axes[0].name, "strength": strength}, measure, fine, (axes, strength))
 
     def trials() -> Iterator[Trial]:
