@@ -288,9 +288,12 @@ def test_what_moved_predictions_but_is_no_finding_is_not_said_to_have_moved_none
     assert none not in moved
     assert "None passed; why is said of each." in moved
     assert "its samples are an ordinary kind of image" in moved
-    assert "moves few predictions, or not by what was cut out" in words(
+    assert "moves few predictions more than its control" in words(
         p_value=0.001, flip_rate=0.05, control_flip_rate=0.01, unusual=True
     )
+    much = {"p_value": 0.001, "flip_rate": 0.9, "control_flip_rate": 0.0, "unusual": True}
+    assert "but the class's own images do without it" in words(**much, removal_p_value=0.4)
+    assert "but is not all that sets its samples apart" in words(**much, removal_p_value=1e-8)
 
 
 def left(*verdicts: str) -> str:

@@ -317,6 +317,29 @@ def test_a_class_that_stands_out_without_an_artifact_is_amber(q, verdict, colour
 
 
 @pytest.mark.parametrize(
+    ("turned", "p_value", "unusual", "colour"),
+    [
+        (0.9, 1e-9, True, "amber"),
+        (0.9, 1e-9, None, "amber"),
+        (0.9, 1e-9, False, "green"),
+        (0.3, 1e-9, True, "green"),
+        (0.9, 0.2, True, "green"),
+        (None, None, True, "green"),
+    ],
+)
+def test_a_class_with_a_candidate_that_moves_much_but_did_not_pass_is_amber(turned, p_value, unusual, colour):
+    from spray.report.data import Artifact, RankRow
+    from spray.report.lights import lights
+
+    tested = Artifact(
+        "a1", 0, "c", "no_effect", flip_rate=turned, control_flip_rate=0.1, p_value=p_value, unusual=unusual
+    )
+    (light,) = lights(["c"], (tested,), [RankRow(1, "c", 9, 2.0, 0.5, class_index=0, q_value=0.9)])
+    assert light.colour == colour
+    assert ("a1 did not pass, but moves predictions" in light.reason) == (colour == "amber")
+
+
+@pytest.mark.parametrize(
     ("sizes", "weights", "most", "expected"),
     [
         ([10, 20], [1, 1], 100, [10, 20]),

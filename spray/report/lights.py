@@ -9,6 +9,8 @@ from spray.report.words import p_value, percent, verdict_name
 
 LEVEL = 0.05
 """False discovery rate below which a class stands out."""
+MOVED = 0.3
+"""Share of other images above the control's: a candidate that turns as many is looked at though it did not pass."""
 
 
 def lights(
@@ -20,7 +22,8 @@ def lights(
     """Return what is to be said of each class, the worst first.
 
     Red and green are said only where candidates were put to the causal test; a class that stands out in the ranking
-    but has no artifact that passed is amber, as is one whose finding is a kind of sample rather than an artifact.
+    but has no artifact that passed is amber, as is one whose finding is a kind of sample rather than an artifact, and
+    one with a candidate that turns many images of other classes, although the test does not take it for an artifact.
 
     Parameters
     ----------
@@ -70,6 +73,17 @@ def _light(
         return Light(index, name, "none", "not judged: no causal test yet")
     stands_out = q is not None and q <= LEVEL
     tested = f"{len(candidates)} tested, none passed" if candidates else "nothing to test"
+    moving = next((artifact for artifact in candidates if _moves(artifact)), None)
+    if moving is not None:
+        turned = f"{percent(moving.flip_rate, 0)} turned, control {percent(moving.control_flip_rate, 0)}"
+        return Light(index, name, "amber", f"{moving.id} did not pass, but moves predictions: {turned}")
     if stands_out:
         return Light(index, name, "amber", f"stands out (q {p_value(q)}); {tested}")
     return Light(index, name, "green", f"q {p_value(q)}; {tested}")
+
+
+def _moves(artifact: Artifact) -> bool:
+    rates, chance = (artifact.flip_rate, artifact.control_flip_rate), artifact.p_value
+    if rates[0] is None or rates[1] is None or chance is None or artifact.unusual is False:
+        return False
+    return chance <= LEVEL and rates[0] - rates[1] >= MOVED

@@ -64,8 +64,8 @@ _MEANINGS = {
     "sample_bias": "Some kind of sample is missing or over-represented in the training data of this class.",
     "no_effect": "The candidate did not pass the causal test.",
 }
-_LEVEL = 0.05
-"""p-values from which on an effect is no more than chance, as the causal test has it."""
+_LEVEL, _FEW = 0.01, 0.1
+"""From these p-values on an effect may be chance, and below this difference of rates it is small, as in the test."""
 
 PROVENANCE = {
     "spray_version": "spray",
@@ -180,7 +180,11 @@ def why_rejected(artifact: Artifact) -> str:
         return "moves predictions no more than its control"
     if artifact.unusual is False:
         return "its samples are an ordinary kind of image"
-    return "moves few predictions, or not by what was cut out"
+    if rates[0] - rates[1] < _FEW:  # type: ignore[operator]
+        return "moves few predictions more than its control"
+    if (artifact.removal_p_value or 0.0) >= _LEVEL:
+        return "moves predictions, but the class's own images do without it"
+    return "moves predictions, but is not all that sets its samples apart"
 
 
 def verdict_name(verdict: str) -> str:
