@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spray.data.base import ImageDataset, Normalizer
 from spray.errors import UserError
-from spray.pipelines.live import LiveLine, clock_time
+from spray.pipelines.live import LiveLine, clock_time, rate_text
 
 if TYPE_CHECKING:
     from spray.data.plant_options import Plant
@@ -254,6 +254,9 @@ class Context:
         line = LiveLine()
         start = shown = time.monotonic()
         done = 0
+        if line.is_terminal and total:
+            # The first of a few may take minutes.
+            line.show(f"{what}: 0/{total}")
 
         def count(more: int) -> None:
             nonlocal done, shown
@@ -262,7 +265,7 @@ class Context:
             if now - shown < (0.2 if line.is_terminal else LOG_SECONDS):
                 return
             shown, rate = now, done / (now - start)
-            text = f"{what}: {done}/{total}, {rate:.1f}/s, {clock_time((total - done) / rate)} left"
+            text = f"{what}: {done}/{total}, {rate_text(rate)}, {clock_time((total - done) / rate)} left"
             if line.is_terminal:
                 line.show(text)
             else:

@@ -26,6 +26,14 @@ class LiveLine:
             self._is_shown = False
 
 
+def rate_text(per_second: float) -> str:
+    """Return a rate with digits that say something: "7.8/s", "2.4/min", "3.0/h"."""
+    for unit, seconds in (("s", 1.0), ("min", 60.0)):
+        if per_second * seconds >= 1:
+            return f"{per_second * seconds:.1f}/{unit}"
+    return f"{per_second * 3600:.1f}/h"
+
+
 def clock_time(seconds: float) -> str:
     """Return a duration as hours, minutes and seconds; a day is 24:00:00."""
     whole = round(seconds)
