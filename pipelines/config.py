@@ -123,8 +123,15 @@ class RankConfig:
 
     # `cross_fitted`, or `fisher`: the tutorial's score, measured on the embedding itself and nothing else.
     score: str = "cross_fitted"
-    # What else counts: repeated, content, confidence, concentration, stability.
+    # What else counts: repeated, content. Others made the ranking no better and are off: confidence, concentration,
+    # stability (over the numbers of clusters), resampling (in parts of the samples), held_out (see below).
     evidence: list[str] = field(default_factory=lambda: ["repeated", "content"])
+    # For held_out: an inner layer that attribution.layer stores, or the run_dir of a run with another
+    # attribution.method on the same data, whose heatmaps had no part in the clusters.
+    held_out: str = ""
+    # How often clusters are sought again without a fifth of the samples; their ranking rows say how well they are
+    # found. Less often for classes of more than 3,750 samples; 0: never.
+    draws: int = 10
     # Further ways of comparing heatmaps in which clusters are sought: scaled, peak (see spray/analysis/views.py).
     views: list[str] = field(default_factory=lambda: ["scaled", "peak"])
     # Clusters of each class and view, the most separable ones, whose images are looked at.
@@ -157,7 +164,7 @@ class CorrectionConfig:
     rounds: int = 1
     # Where latent methods work: auto, output (what the last layer is given) or a module's name; NAME:in is its input.
     layer: str = "auto"
-    # How an artifact's direction is estimated: pattern, svm, logistic or ridge; of all activations (full) or of
+    # How an artifact's direction is estimated: pattern, svm, logistic, ridge or lasso; of all activations (full) or of
     # channels, max-pooled over positions (max), or whichever does better (auto); and how many directions.
     cav: str = "pattern"
     pooling: str = "auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,37 +15,46 @@ from spray.storage import read_json, sha256
 from spray.store import Attributions, open_attributions
 
 ATTRIBUTIONS, ANALYSIS, RECORD = "attributions.h5", "analysis.h5", "run.json"
+FILES = {"attribute": ATTRIBUTIONS, "analyze": ANALYSIS}
+"""What is read of another run, by the stage that wrote it."""
 _LONGEST = 200
 """Characters of a name in a foreign file that are kept."""
 
 
-def content_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of the files of another run that a comparison reads.
+def content_hashes(folder: Path, key: str = "compare.other", stages: Sequence[str] = tuple(FILES)) -> dict[str, str]:
+    """Return the SHA-256 of the files of another run that are read, those that some stages wrote.
+
+    Parameters
+    ----------
+    folder : Path
+        The run directory.
+    key : str
+        The configuration key that names it, for messages.
+    stages : sequence of str
+        Keys of `FILES`.
 
     Raises
     ------
     UserError
         If one is missing or isn't what the run's own record says, or a stage of that run isn't finished.
     """
-    for name in (ATTRIBUTIONS, ANALYSIS):
-        if not (folder / name).is_file():
+    for stage in stages:
+        if not (folder / FILES[stage]).is_file():
             raise UserError(
-                f"compare.other={folder} has no {name}; give the run_dir of a run on the same data, made with "
-                "stages=[train,attribute,analyze] or more"
+                f"{key}={folder} has no {FILES[stage]}; give the run_dir of a run on the same data, made with "
+                f"stages=[{','.join(['train', *stages])}] or more"
             )
     try:
-        hashes = {name: sha256(folder / name) for name in (ATTRIBUTIONS, ANALYSIS)}
+        hashes = {FILES[stage]: sha256(folder / FILES[stage]) for stage in stages}
     except OSError as error:
-        raise UserError(f"compare.other={folder} cannot be read: {error.strerror}") from error
-    stages = read_record(folder).get("stages", {})
-    for stage, name in (("attribute", ATTRIBUTIONS), ("analyze", ANALYSIS)):
-        if not stages:
-            break
-        entry = stages.get(stage, {})
+        raise UserError(f"{key}={folder} cannot be read: {error.strerror}") from error
+    recorded = read_record(folder).get("stages", {})
+    for stage in stages if recorded else ():
+        entry, name = recorded.get(stage, {}), FILES[stage]
         if entry.get("status") != "done":
-            raise UserError(f"compare.other={folder}: its stage {stage} is not finished; run it there first")
+            raise UserError(f"{key}={folder}: its stage {stage} is not finished; run it there first")
         if entry.get("outputs", {}).get(name, {}).get("sha256", hashes[name]) != hashes[name]:
-            raise UserError(f"compare.other={folder}: {name} isn't what its stage {stage} wrote; run it there again")
+            raise UserError(f"{key}={folder}: {name} isn't what its stage {stage} wrote; run it there again")
     return hashes
 
 
@@ -73,7 +82,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def open_other(folder: Path, dataset: ImageDataset) -> Iterator[Attributions]:
+def open_other(folder: Path, dataset: ImageDataset, key: str = "compare.other") -> Iterator[Attributions]:
     """Open another run's heatmaps and check that they are of this dataset, sample by sample.
 
     Raises
@@ -84,7 +93,7 @@ def open_other(folder: Path, dataset: ImageDataset) -> Iterator[Attributions]:
     said = read_record(folder).get("inputs", {}).get("dataset.train", dataset.fingerprint)
     if said != dataset.fingerprint:
         raise UserError(
-            f"compare.other={folder} was run on other training images (content {str(said)[:12]}, here "
+            f"{key}={folder} was run on other training images (content {str(said)[:12]}, here "
             f"{dataset.fingerprint[:12]}); both runs need the same dataset.*, dataset.plant included"
         )
     with open_attributions(folder / ATTRIBUTIONS, shape=(len(dataset), None, None, None)) as attributions:

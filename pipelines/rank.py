@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from spray.analysis import separability
 from spray.analysis.fisher import RIDGE
+from spray.analysis.resampling import add_recovery
 from spray.analysis.scoring import (
     SMALLEST,
     Candidate,
@@ -24,6 +25,7 @@ from spray.analysis.scoring import (
     most_separable,
 )
 from spray.analysis.views import view_features, view_labelings
+from spray.pipelines.again import clusterers_of, held_out_features
 from spray.pipelines.analysis_options import preprocessing_of, source_array
 from spray.pipelines.analyze import read_features
 from spray.pipelines.context import Context
@@ -89,10 +91,16 @@ def _candidates(
     features = read_features(attributions, group.index, preprocessing_of(analysis), source_array(analysis)).values
     views = [View(features, labelings), *_further_views(context, group, attributions, further)]
     first, found, chosen = distinct_samples(features), [], []
-    for view in views:
-        of_view = find_candidates(c, view, seed, first)
+    other = held_out_features(context, group.index, attributions) if "held_out" in options.evidence else None
+    # A class of very few samples has no further views.
+    for view, clusterers in zip(views, clusterers_of(context), strict=False):
+        of_view = find_candidates(c, view, seed, first, other)
+        separable = most_separable(of_view, options.looked_at)
+        again = options.draws, analysis.n_neighbors, analysis.n_components, seed
+        metric = analysis.metric if view is views[0] else "euclidean"
+        add_recovery(separable, view.features, clusterers, *again, metric)
         found += of_view
-        chosen += most_separable(of_view, options.looked_at)
+        chosen += separable
     if "confidence" in options.evidence:
         _add_confidence(found, c, np.asarray(attributions.prediction[group.index]))
     if {"content", "concentration"} & set(options.evidence) and chosen:

@@ -154,6 +154,12 @@ def find_inputs(context: Context) -> dict[str, str]:
         from spray.pipelines.other_run import content_hashes
 
         inputs["compare.other"] = digest(content_hashes(Path(context.config.compare.other)))
+    if "held_out" in context.config.rank.evidence:
+        from spray.pipelines.again import other_heatmaps
+        from spray.pipelines.other_run import content_hashes
+
+        if (folder := other_heatmaps(context.config)) is not None:
+            inputs["rank.held_out"] = digest(content_hashes(folder, "rank.held_out", ["attribute"]))
     return inputs
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from spray.analysis.discovery import CORRECTIONS
 from spray.analysis.neighbors import METHODS
+from spray.analysis.resampling import FEWEST_DRAWS
 from spray.analysis.vectors import METRICS
 from spray.analysis.views import STEPS as VIEWS
 from spray.bulk.keeping import DTYPES, kept_arrays
@@ -40,6 +41,7 @@ LEAST = {
     "analysis.n_components": 1,
     "analysis.grid": 1,
     "rank.looked_at": 1,
+    "rank.draws": 0,
     "isolate.per_class": 1,
     "isolate.candidates": 1,
     "isolate.n_samples": 8,
@@ -61,7 +63,7 @@ CHOICES = {
     "rank.correction": CORRECTIONS,
 }
 FIGURES = ("png", "pdf")
-EVIDENCE = ("repeated", "content", "confidence", "concentration", "stability")
+EVIDENCE = ("repeated", "content", "confidence", "concentration", "stability", "resampling", "held_out")
 # Stages that put images through the model.
 WITH_MODEL = {"train", "attribute", "isolate", "correct", "verify"}
 
@@ -157,12 +159,12 @@ def check_attribution(config: SprayConfig) -> None:
 
 
 def check_ranking(config: SprayConfig) -> None:
-    """Check `rank.evidence` and `rank.views`.
+    """Check `rank.evidence`, `rank.views` and what the evidence needs.
 
     Raises
     ------
     UserError
-        For a kind that there is not, or one that is given twice.
+        For a kind that there is not, one that is given twice, or one that lacks what it needs.
     """
     for key, given, allowed in (
         ("evidence", config.rank.evidence, EVIDENCE),
@@ -173,6 +175,13 @@ def check_ranking(config: SprayConfig) -> None:
             raise UserError(f"rank.{key} has {unknown[0]!r}, which is unknown; allowed: {', '.join(allowed)}, or []")
         if len(set(given)) < len(given):
             raise UserError(f"rank.{key}={given} names one twice; each counts once")
+    if "resampling" in config.rank.evidence and config.rank.draws < FEWEST_DRAWS:
+        raise UserError(
+            f"rank.evidence has resampling, but rank.draws={config.rank.draws}; it needs at least {FEWEST_DRAWS}"
+        )
+    from spray.pipelines.again import check_held_out
+
+    check_held_out(config)
 
 
 def _value(config: SprayConfig, key: str) -> Any:

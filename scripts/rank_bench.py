@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def repeated_of(cell: Cell, out: Path) -> list[dict[str, Any]]:
             maps = relevance[index]
             others = spread_evenly(np.flatnonzero(context.train.labels != c), repeated.OTHERS)
             images, elsewhere = (context.train.batch(which).numpy() for which in (index, others))
-            features = Preprocessing(PLACE).features(lambda maps=maps: [maps], len(maps)).values
+            features = Preprocessing(PLACE).features(partial(list, (maps,)), len(maps)).values
             first = distinct_samples(features)
             for number, found in enumerate(repeated.repeated_content(images, maps[:, 0], elsewhere), start=1):
                 x = content_candidate(c, f"repeated-{number:02d}/0", features, found, first)
@@ -104,6 +105,51 @@ def repeated_of(cell: Cell, out: Path) -> list[dict[str, Any]]:
     path.with_suffix(".part").write_text(json.dumps({"version": VERSION, "rows": rows}))
     path.with_suffix(".part").rename(path)
     return rows
+
+
+def resampled_of(cell: Cell, out: Path) -> dict[str, float]:
+    """Return how well the clusters that are looked at are found again in parts of their class, computed once."""
+    path = out / cell.name / "resampled.json"
+    if path.is_file():
+        return dict(json.loads(path.read_text()))
+    import h5py
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    from spray.analysis import cluster, spectral_embedding
+    from spray.analysis.clustering import spectral_rows
+    from spray.analysis.preprocessing import Preprocessing
+    from spray.analysis.resampling import add_recovery, kmeans_clusterer
+    from spray.analysis.scoring import Candidate
+    from spray.analysis.views import STEPS, view_features
+
+    torch.set_num_threads(1)
+    rows = clusters_of(cell, out)["rows"]
+    with h5py.File(out / cell.name / "attributions.h5") as file:
+        relevance, labels = file["attribution"][:].astype(np.float32), file["label"][:]
+    found: dict[str, float] = {}
+    again = {f"kmeans-{k:02d}": kmeans_clusterer(k) for k in COUNTS}
+    with threadpool_limits(1):
+        for c, view in ((c, view) for c in np.unique(labels) for view in ("place", *STEPS)):
+            own = sorted((r for r in rows if r["c"] == c and r["view"] == view), key=lambda r: -r["tau"])[:LOOKED_AT]
+            maps = relevance[labels == c]
+            if view == "place":
+                features = Preprocessing(PLACE).features(partial(list, (maps,)), len(maps)).values
+            else:
+                features = view_features(view, partial(list, (maps,)), len(maps))
+            _, vectors = spectral_embedding(features, 10, 32)
+            chosen = {}
+            for row in own:
+                name, label = row["cluster"].removeprefix(f"{view}-").split("/")
+                k = int(name[-2:])
+                member = cluster(spectral_rows(vectors, k), "kmeans", n_clusters=k, seed=0) == int(label)
+                assert member.sum() == row["size"]
+                chosen[row["cluster"]] = Candidate(int(c), f"{name}/{label}", member, row["tau"], 0, 0)
+            add_recovery(list(chosen.values()), features, again)
+            found |= {f"{c}/{name}": x.evidence["resampling"] for name, x in chosen.items() if x.evidence}
+    path.with_suffix(".part").write_text(json.dumps(found))
+    path.with_suffix(".part").rename(path)
+    return found
 
 
 def labelings(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -273,6 +319,17 @@ def main() -> int:
     draws = [(kind, number) for kind in KINDS for number in range(options.structureless)]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(clusters_of, there, [options.out] * len(there)))
+        if not options.ready:
+            needed = [
+                i
+                for i, run in enumerate(results)
+                if (rank_tables.relies(run) or not run["rate"]) and rank_tables.tuned(run) == options.tuning
+            ]
+            again = pool.map(resampled_of, [there[i] for i in needed], [options.out] * len(needed))
+            for i, found in zip(needed, again, strict=True):
+                for row in results[i]["rows"]:
+                    if (value := found.get(f"{row['c']}/{row['cluster']}")) is not None:
+                        row["evidence"]["resampling"] = value
         for result, rows in zip(results, pool.map(repeated_of, there, [options.out] * len(there)), strict=True):
             result["rows"] += rows
         nothing = list(pool.map(structureless, *zip(*draws, strict=True), [options.out] * len(draws))) if draws else []

@@ -96,15 +96,14 @@ ABLATION: dict[str, Method] = {
     "repeated + content, all": ours(ALL, SHIPPED),
     **{
         f"content + {kind}, all": ours(ALL, ("content", kind))
-        for kind in ("confidence", "concentration", "stability", "held_out")
+        for kind in ("confidence", "concentration", "stability", "resampling", "held_out")
     },
 }
 
 
 def tables(results: Sequence[dict[str, Any]], tuning: bool, structureless: Sequence[dict[str, Any]]) -> str:
     """Return all tables as Markdown."""
-    seeds = set(TUNING) | set(CLEAN_TUNING)
-    runs = [run for run in results if (run["seed"] in seeds) == tuning]
+    runs = [run for run in results if tuned(run) == tuning]
     clean = [run for run in runs if not run["rate"]]
     planted = [run for run in runs if run["rate"]]
     which = "tuning" if tuning else "held-out"
@@ -113,6 +112,11 @@ def tables(results: Sequence[dict[str, Any]], tuning: bool, structureless: Seque
     parts += ["### Power", power(planted), "### By rate and place", by_rate(planted)]
     parts += ["### Ablation", ablation(planted, clean), "### Misses", misses(planted)]
     return "\n\n".join(parts)
+
+
+def tuned(run: dict[str, Any]) -> bool:
+    """Return whether the score was built looking at a run of this seed."""
+    return run["seed"] in (TUNING if run["rate"] else CLEAN_TUNING)
 
 
 def relies(run: dict[str, Any]) -> bool:

@@ -45,8 +45,8 @@ def cluster(embedding: np.ndarray, method: str = "kmeans", **options: Any) -> np
     method : str
         A name in `CLUSTERINGS`: "kmeans", "agglomerative", "dbscan" or "hdbscan".
     **options
-        Of the method: `n_clusters` and `seed` of k-means, `n_clusters` and `n_neighbors` of agglomerative, `eps` and
-        `min_samples` of DBSCAN, `min_cluster_size` and `min_samples` of HDBSCAN.
+        Of the method: `n_clusters`, `seed` and `starts` of k-means, `n_clusters` and `n_neighbors` of agglomerative,
+        `eps` and `min_samples` of DBSCAN, `min_cluster_size` and `min_samples` of HDBSCAN.
 
     Returns
     -------
@@ -95,15 +95,16 @@ def spectral_rows(embedding: np.ndarray, n_columns: int) -> np.ndarray:
 
 
 @CLUSTERINGS.register("kmeans")
-def kmeans(embedding: np.ndarray, n_clusters: int = 8, seed: int = 0) -> np.ndarray:
-    """k-means, the best of ten starts; learned from batches of 4,096 where there are very many rows."""
+def kmeans(embedding: np.ndarray, n_clusters: int = 8, seed: int = 0, starts: int = 10) -> np.ndarray:
+    """k-means, the best of so many starts; learned from batches of 4,096 where there are very many rows."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
     at_least("n_clusters", n_clusters, 1)
+    at_least("starts", starts, 1)
     k = _distinct(embedding, n_clusters)
     if len(embedding) <= MINI_BATCH:
-        return KMeans(k, n_init=10, random_state=seed).fit_predict(embedding)
-    return MiniBatchKMeans(k, n_init=10, batch_size=4096, random_state=seed).fit_predict(embedding)
+        return KMeans(k, n_init=starts, random_state=seed).fit_predict(embedding)
+    return MiniBatchKMeans(k, n_init=starts, batch_size=4096, random_state=seed).fit_predict(embedding)
 
 
 @CLUSTERINGS.register("agglomerative")
