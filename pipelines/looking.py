@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,7 +53,32 @@ def look_at(context: Context, chosen: Sequence[Candidate], index: np.ndarray, at
             )
 
 
-def repeated_in_class(context: Context, c: int, index: np.ndarray, attributions: Attributions) -> list[Repeated]:
+@dataclass(frozen=True)
+class Drawn:
+    """Some images of the whole set, drawn and read once, of which each class is compared with those of other classes.
+
+    Attributes
+    ----------
+    index : ndarray of int64
+        (m,): which samples.
+    images : ndarray of float32
+        (m, C, h, w).
+    """
+
+    index: np.ndarray
+    images: np.ndarray
+
+
+def draw_images(context: Context) -> Drawn:
+    """Draw twice as many images as a class is compared with, so that mostly enough are left of the others."""
+    order = np.random.default_rng(context.config.seed).permutation(len(context.train))
+    index = np.sort(order[: 2 * repeated.OTHERS])
+    return Drawn(index, _images(context, index, repeated.SIDE))
+
+
+def repeated_in_class(
+    context: Context, c: int, index: np.ndarray, attributions: Attributions, drawn: Drawn
+) -> list[Repeated]:
     """Return what is repeated in the images of a class and not in others; samples not searched have no copy.
 
     Parameters
@@ -66,15 +91,21 @@ def repeated_in_class(context: Context, c: int, index: np.ndarray, attributions:
         Its samples.
     attributions : Attributions
         Their heatmaps.
+    drawn : Drawn
+        Images to compare with, of all classes.
     """
-    others = spread_evenly(np.flatnonzero(context.train.labels != c), repeated.OTHERS)
+    labels = np.asarray(context.train.labels)
     searched = spread_evenly(np.arange(len(index)), repeated.MOST)
-    if len(index) < 2 * repeated.FEWEST or not len(others):
+    if len(index) < 2 * repeated.FEWEST or (labels == c).all():
         return []
+    others = drawn.images[labels[drawn.index] != c]
+    if len(others) < repeated.OTHERS and len(drawn.index) < len(labels):
+        # About half of all samples are of this class, or more.
+        others = _images(context, spread_evenly(np.flatnonzero(labels != c), repeated.OTHERS), repeated.SIDE)
     found = repeated_content(
         _images(context, index[searched], repeated.SIDE),
         _maps(context, index[searched], attributions, repeated.SIDE),
-        _images(context, others, repeated.SIDE),
+        others,
         context.device,
     )
     return [_in_class(each, searched, len(index)) for each in found]

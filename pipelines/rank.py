@@ -29,7 +29,7 @@ from spray.pipelines.again import clusterers_of, held_out_features
 from spray.pipelines.analysis_options import preprocessing_of, source_array
 from spray.pipelines.analyze import read_features
 from spray.pipelines.context import Context
-from spray.pipelines.looking import look_at, repeated_in_class
+from spray.pipelines.looking import Drawn, draw_images, look_at, repeated_in_class
 from spray.pipelines.stage import Stage
 from spray.storage import hdf5_writer, write_json
 from spray.store import Attributions, open_attributions
@@ -51,8 +51,10 @@ def run(context: Context) -> dict[str, Any]:
         # On matrices this small more threads only wait for each other, for long where other jobs want the cores.
         threadpool_limits(1),
     ):
+        searched = options.score != "fisher" and "repeated" in options.evidence and bool(analysis.classes)
+        drawn = draw_images(context) if searched else None
         for c in context.progress(analysis.classes, len(analysis.classes), "classes ranked"):
-            found += _candidates(context, c, analysis.group(c), attributions, further)
+            found += _candidates(context, c, analysis.group(c), attributions, further, drawn)
     kinds = () if options.score == "fisher" else tuple(options.evidence)
     of_class, of_cluster = judge(found, range(len(classes)), kinds, options.correction, options.score != "fisher")
     class_rows = [_class_row(context, c, verdict, found) for c, verdict in of_class.items()]
@@ -74,7 +76,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _candidates(
-    context: Context, c: int, group: AnalysisGroup, attributions: Attributions, further: h5py.File
+    context: Context, c: int, group: AnalysisGroup, attributions: Attributions, further: h5py.File, drawn: Drawn | None
 ) -> list[Candidate]:
     """Return a class's clusters with the evidence that is asked for; write those of further views."""
     options, seed = context.config.rank, context.config.seed
@@ -105,8 +107,8 @@ def _candidates(
         _add_confidence(found, c, np.asarray(attributions.prediction[group.index]))
     if {"content", "concentration"} & set(options.evidence) and chosen:
         look_at(context, chosen, group.index, attributions)
-    if "repeated" in options.evidence:
-        found += _repeated(context, c, group, attributions, features, first, further)
+    if drawn is not None:
+        found += _repeated(context, c, group, attributions, features, first, further, drawn)
     return found
 
 
@@ -118,10 +120,11 @@ def _repeated(
     features: np.ndarray,
     first: np.ndarray,
     further: h5py.File,
+    drawn: Drawn,
 ) -> list[Candidate]:
     """Return groups of a class's samples that have a part of their images in common; write them as clusterings."""
     found = []
-    for number, repeated in enumerate(repeated_in_class(context, c, group.index, attributions), start=1):
+    for number, repeated in enumerate(repeated_in_class(context, c, group.index, attributions, drawn), start=1):
         name = f"repeated-{number:02d}"
         candidate = content_candidate(c, f"{name}/0", features, repeated, first, context.config.seed)
         if candidate is not None:
