@@ -317,7 +317,7 @@ def _plan(vectors: Vectors, k: int, seed: int, cells: bool) -> Plan:
     best, cost, screen, coarse = (d, counts[0]), _nanoseconds(n, partners, d), None, None
     rows = np.sort(rng.choice(n, min(2048, n), replace=False))
     # Few components are soon had, and mostly enough.
-    for most in (min(64, d // 4), min(256, d // 4)):
+    for most in sorted({min(64, d // 4), min(256, d // 4)}):
         if most < 16 or screen is not None:
             break
         basis = components(vectors, rows, most, seed)
