@@ -93,12 +93,11 @@ class Cell:
 
 def cells(sets: list[str]) -> Iterator[Cell]:
     """Yield all cells, those to tune on first."""
-    for clean, planted in ((CLEAN_TUNING, TUNING), (CLEAN_REPORTED, REPORTED)):
-        for seed in clean:
-            yield from (Cell(dataset, seed) for dataset in sets)
-            if seed in planted:
-                kinds = ((rate, place) for rate in reversed(RATES) for place in PLACES)
-                yield from (Cell(d, seed, rate, place) for rate, place in kinds for d in sets if d != "digits")
+    for seed in (*CLEAN_TUNING, *CLEAN_REPORTED):
+        yield from (Cell(dataset, seed) for dataset in sets)
+        if seed in (*TUNING, *REPORTED):
+            kinds = ((rate, place) for rate in reversed(RATES) for place in PLACES)
+            yield from (Cell(d, seed, rate, place) for rate, place in kinds for d in sets if d != "digits")
 
 
 def context_of(cell: Cell, out: Path) -> Any:
