@@ -15,10 +15,11 @@ from spray.correction.layers import candidates
 from spray.figures import fitted
 from spray.isolation.artifact import Artifact
 from spray.isolation.causal import Effect, SampleBias, measure_effect, sample_bias
-from spray.isolation.choice import ISOLATORS, SAME_CONTENT, USUAL, Trial, natural_changes, refitted, tried
+from spray.isolation.choice import SAME_CONTENT, Trial, natural_changes, refitted, tried
 from spray.isolation.evidence import Evidence
 from spray.isolation.growing import FEWEST, FREE, Scorer, grow, inner_features
 from spray.isolation.statistics import statistics
+from spray.isolation.subgroups import subgroups
 from spray.pipelines.context import Context
 from spray.store.reading import Rows
 from spray.training import batches
@@ -97,7 +98,8 @@ class Explainer:
     def explain(self, cluster: str, c: int, members: np.ndarray, unusual: bool) -> Candidate | None:
         """Return what a cluster of class `c` shares; None where too few samples or nothing to isolate are left.
 
-        Of a cluster that the ranking doesn't find `unusual` only the same piece of an image is a finding.
+        Of a cluster that the ranking doesn't find `unusual` only the same piece of an image is a finding, or what
+        accounts for all that tells its samples from the rest.
         """
         options, seed = self.context.config.isolate, self.context.config.seed
         rng = np.random.default_rng([seed, c, len(members)])
@@ -114,11 +116,11 @@ class Explainer:
         trials = tried(
             evidence,
             c,
-            lambda pixels: first(self.features(pixels)),
+            self.features,
+            first,
             self._predict,
             self.context.train.batch(null[:TRIED]),
             seed,
-            tuple(ISOLATORS) if unusual else USUAL,
         )
         if not trials:
             return None
@@ -145,8 +147,13 @@ class Explainer:
         )
         own = dict(zip(of_class.tolist(), scores.tolist(), strict=True))
         bias = sample_bias(scores, carries, right)
-        unusual = unusual or trials[0].isolator in SAME_CONTENT
+        unusual = unusual or trials[0].isolator in SAME_CONTENT or trials[0].accounts
         return Candidate(c, cluster, artifact, of_class[carries], own, first, second, trials, effect, bias, unusual)
+
+    def groups(self, c: int, most: int) -> list[np.ndarray]:
+        """Return groups of a class's samples that the model's inner activations show, see `subgroups`."""
+        of_class, features, _ = self._class(c)
+        return [of_class[member] for member in subgroups(features, self._others(c)[1], self.context.config.seed, most)]
 
     def scores(self, found: Sequence[Candidate]) -> np.ndarray:
         """Return each candidate's score of every training sample, float32 (candidates, N).
@@ -226,6 +233,8 @@ def trial_row(trial: Trial) -> dict[str, Any]:
         "likeness": trial.likeness,
         "explained": trial.explained,
         "separation": trial.separation,
+        "told_apart": trial.apart,
+        "still_told_apart": trial.still_apart,
         "flip_rate": trial.flip_rate,
         "control_flip_rate": trial.control_flip_rate,
     }

@@ -16,7 +16,7 @@ from spray.pipelines.explaining import Candidate, Explainer, trial_row
 from spray.pipelines.isolated import save_artifact
 from spray.pipelines.pictures import artifact_pictures
 from spray.pipelines.stage import Stage
-from spray.storage import write_bytes, write_json, write_text
+from spray.storage import read_json, write_bytes, write_json, write_text
 from spray.store import open_attributions
 from spray.store.reading import Rows
 
@@ -37,11 +37,11 @@ MORE = (
 
 def run(context: Context) -> dict[str, Any]:
     """Write `artifacts.json` and a folder for each candidate."""
-    clusters = _choose(context)
     candidates = []
     shape = (len(context.train), None, None, None)
     with open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions:
         explainer = Explainer(context, attributions.attribution)
+        clusters = _with_groups(context, explainer, _choose(context))
         for row, members in context.progress(clusters, len(clusters), "candidates isolated"):
             candidate = explainer.explain(row["cluster"], row["class_index"], members, _unusual(context, row))
             if candidate is not None:
@@ -84,6 +84,24 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
                 earlier.append(members)
                 chosen.append((row, members))
     return chosen[: options.candidates]
+
+
+def _with_groups(
+    context: Context, explainer: Explainer, clusters: list[tuple[dict[str, Any], np.ndarray]]
+) -> list[tuple[dict[str, Any], np.ndarray]]:
+    """Return the clusters and groups that the heatmaps don't show, class by class, those that rank first before."""
+    options = context.config.isolate
+    classes = list(dict.fromkeys(row["class_index"] for row in read_json(context.run_dir / "ranking.json")["classes"]))
+    found, room = [], options.candidates if options.latent else 0
+    for c in classes:
+        own = [(row, members) for row, members in clusters if row["class_index"] == c]
+        found += own
+        if room > 0:
+            for number, members in enumerate(explainer.groups(c, min(options.latent, room)), start=1):
+                if all(jaccard(members, other) < 0.5 for _, other in own):
+                    found.append(({"class_index": c, "cluster": f"latent-{number:02d}/1", "q_value": 1.0}, members))
+                    room -= 1
+    return found
 
 
 def _unusual(context: Context, row: dict[str, Any]) -> bool:

@@ -42,6 +42,7 @@ LEAST = {
     "analysis.grid": 1,
     "rank.looked_at": 1,
     "rank.draws": 0,
+    "isolate.latent": 0,
     "isolate.per_class": 1,
     "isolate.candidates": 1,
     "isolate.n_samples": 8,

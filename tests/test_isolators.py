@@ -227,7 +227,10 @@ def test_the_right_explanation_wins_and_survives_the_disk(kind: str, tmp_path: P
         score = statistics(images) @ w + b
         return torch.stack([0.5 - score, score - 0.5], dim=1)
 
-    trials = tried(world.evidence, 1, lambda images: (statistics(images) @ w + b).numpy(), predict, scenes(40, 8), 0)
+    weights = w.numpy()
+    trials = tried(
+        world.evidence, 1, lambda x: statistics(x).numpy(), lambda f: f @ weights + b, predict, scenes(40, 8), 0
+    )
     assert trials[0].isolator in expected
     artifact = trials[0].artifact
     save_artifact(tmp_path / "artifact.npz", artifact)
@@ -264,7 +267,7 @@ def test_natural_changes_are_those_of_groups_of_the_rest() -> None:
     evidence = Evidence(world.images, world.evidence.relevance, rest, world.evidence.other_relevance)
     change = isolate_change(evidence)
     assert change is not None
-    trial = Trial("change", change, 1.0, 1.0, 1.0, 0.5, 0.1)
+    trial = Trial("change", change, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.1)
     found = natural_changes(trial, evidence, 0)
     assert found
     assert any(float(c.gain.mean()) < 0.8 for c in found if isinstance(c, Changed))
@@ -274,6 +277,8 @@ def test_natural_changes_are_those_of_groups_of_the_rest() -> None:
         1.0,
         1.0,
         1.0,
+        1.0,
+        0.5,
         0.5,
         0.1,
     )
@@ -295,10 +300,11 @@ def test_isolators_are_in_order_of_simplicity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("isolator", "likeness", "expected"), [("change", 0.7, False), ("change", 0.9, True), ("local", 0.3, True)]
+    ("isolator", "likeness", "still", "expected"),
+    [("change", 0.7, 0.8, False), ("change", 0.9, 0.8, True), ("change", 0.7, 0.6, True), ("local", 0.3, 0.8, True)],
 )
 def test_a_change_of_the_whole_image_has_to_make_the_rest_look_like_the_cluster(
-    isolator: str, likeness: float, expected: bool
+    isolator: str, likeness: float, still: float, expected: bool
 ) -> None:
     some = Artifact(torch.ones(2, 2), torch.ones(3, 2, 2), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
-    assert Trial(isolator, some, likeness, 1.0, 1.0, 0.9, 0.1).explains is expected
+    assert Trial(isolator, some, likeness, 1.0, 1.0, 1.0, still, 0.9, 0.1).explains is expected

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from spray.isolation.evidence import Evidence
 from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
 from spray.isolation.scattered import isolate_scattered
 from spray.isolation.statistics import statistics
+from spray.isolation.two_samples import told_apart
 
 Isolator = Callable[[Evidence], Artifact | None]
 """Explains what a cluster has and the rest of its class has not; None where it can't."""
@@ -52,8 +53,6 @@ SIMPLER = 0.01
 
 SAME_CONTENT = ("local", "scattered")
 """Isolators of the same piece of an image in all samples, which natural kinds of images don't have."""
-USUAL = (*SAME_CONTENT, "donated")
-"""Isolators that are enough for a cluster that is not unusual: what else might explain it would be no finding."""
 WHOLE = ("veil", "change", "background")
 """Isolators that explain a cluster by a change of the whole image."""
 LIKE_ENOUGH = 0.8
@@ -61,6 +60,13 @@ LIKE_ENOUGH = 0.8
 
 Images of a class differ as wholes without any artifact, and a change fitted to a natural group moves models, too; but
 what it makes does not look like the group.
+"""
+APART = 0.85
+"""Least area under the curve by which the cluster's samples have to be told from the rest ..."""
+ALIKE = 0.4
+"""... and largest share of it, of what exceeds chance, that may be left once the artifact is added to the rest.
+
+Natural kinds of images differ in more than one thing: whatever is added to the others, they can still be told apart.
 """
 
 
@@ -81,6 +87,9 @@ class Trial:
         Which share of the squared difference of the quartiles of all pixels, of cluster and rest, is then gone.
     separation : float
         How often a sample of the cluster matches the artifact better than one of the rest does.
+    apart, still_apart : float
+        How well a classifier tells the cluster from the rest, and from the rest with the artifact added: see
+        `told_apart`.
     flip_rate, control_flip_rate : float
         Shares of images of other classes that are predicted as the artifact's class once it is added, and once the
         control is.
@@ -91,30 +100,43 @@ class Trial:
     likeness: float
     explained: float
     separation: float
+    apart: float
+    still_apart: float
     flip_rate: float
     control_flip_rate: float
 
     @property
     def explains(self) -> bool:
         """Whether the cluster is what was added: always assumed of what has a place, content or shape of its own."""
-        return self.isolator not in WHOLE or self.likeness >= LIKE_ENOUGH
+        return self.isolator not in WHOLE or self.likeness >= LIKE_ENOUGH or self.accounts
+
+    @property
+    def left(self) -> float:
+        """How much of what tells cluster and rest apart is left once the artifact is added, 0 to 1."""
+        before, after = (max(0.0, 2 * area - 1) for area in (self.apart, self.still_apart))
+        return min(1.0, after / before) if before else 1.0
+
+    @property
+    def accounts(self) -> bool:
+        """Whether the artifact, always the same, is all that tells the cluster's samples from the rest."""
+        return self.artifact.constant and self.apart >= APART and self.left <= ALIKE
 
     @property
     def evidence(self) -> float:
         """What trials are compared by."""
         effect = self.flip_rate - 0.5 * self.control_flip_rate
         handicap = 0.0 if self.artifact.constant else CUT_OUT
-        return self.likeness + 0.5 * (self.explained + effect + 2 * self.separation - 1) - handicap
+        return self.likeness + 0.5 * (self.explained + effect + 2 * self.separation - 1) - 0.25 * self.left - handicap
 
 
 def tried(
     evidence: Evidence,
     target: int,
-    likeness: Callable[[Tensor], np.ndarray],
+    features: Callable[[Tensor], np.ndarray],
+    likeness: Callable[[np.ndarray], np.ndarray],
     predict: Predictor,
     others: Tensor,
     seed: int,
-    isolators: Sequence[str] = tuple(ISOLATORS),
 ) -> list[Trial]:
     """Try isolators on half of the samples, and gather the evidence on the other half.
 
@@ -124,16 +146,16 @@ def tried(
         The cluster and the rest of its class.
     target : int
         The class.
+    features : callable
+        From images (n, C, H, W) to what they are compared by, (n, d).
     likeness : callable
-        From images (n, C, H, W) to how much like the cluster each is: typically 1 for its samples, 0 for the rest.
+        From features to how much like the cluster each image is: typically 1 for its samples, 0 for the rest.
     predict : callable
         The model, from pixels to logits.
     others : Tensor
         (m, C, H, W): images of other classes, none of those that the proof is made with.
     seed : int
         Draws variants and donors.
-    isolators : sequence of str
-        Names of those to try, in their order.
 
     Returns
     -------
@@ -145,21 +167,34 @@ def tried(
     rest = second.other_images
     draws, other_draws = (rng.integers(0, 2**31, len(images)) for images in (rest, others))
     donors = rest[rng.integers(0, len(rest), len(others))]
-    usual = float(np.median(likeness(rest)))
-    unit = max(float(np.median(likeness(second.images))) - usual, 1e-6)
+    inside, outside = features(second.images), features(rest)
+    usual = float(np.median(likeness(outside)))
+    unit = max(float(np.median(likeness(inside))) - usual, 1e-6)
+    before = told_apart(inside, outside, seed)
     trials = []
-    for name in isolators:
-        artifact = ISOLATORS[name](first)
+    for name, isolator in ISOLATORS.items():
+        artifact = isolator(first)
         if artifact is None:
             continue
         added = artifact.insert(rest, draws)
-        like = (float(np.median(likeness(added))) - usual) / unit
+        seen = features(added)
+        like = (float(np.median(likeness(seen))) - usual) / unit
         left = _distance(second.images, added) / max(_distance(second.images, rest), 1e-9)
         apart = separation(artifact.score(second.images), artifact.score(rest))
         marked, control = artifact.insert(others, other_draws), artifact.insert(others, other_draws, donors)
         rates = [float((predict(images).argmax(dim=1) == target).float().mean()) for images in (marked, control)]
         trials.append(
-            Trial(name, artifact, max(-1.0, 1 - abs(1 - like)), max(-1.0, 1 - left), apart, rates[0], rates[1])
+            Trial(
+                name,
+                artifact,
+                likeness=max(-1.0, 1 - abs(1 - like)),
+                explained=max(-1.0, 1 - left),
+                separation=apart,
+                apart=before,
+                still_apart=told_apart(inside, seen, seed),
+                flip_rate=rates[0],
+                control_flip_rate=rates[1],
+            )
         )
     order = list(ISOLATORS)
     return sorted(trials, key=lambda trial: SIMPLER * order.index(trial.isolator) - trial.evidence)
