@@ -70,6 +70,30 @@ def test_the_pattern_is_closest_to_the_true_direction_and_filters_separate_bette
     assert all(gap(kind) > gap("pattern") for kind in ("svm", "logistic", "ridge"))
 
 
+def test_the_lasso_filter_meets_its_optimality_conditions_and_leaves_most_weights_out() -> None:
+    rng = np.random.default_rng(3)
+    a, t = rng.normal(size=(90, 20)), rng.random(90) < 0.3
+    a[t, 4] += 2
+    a[t, 11] -= 1
+    w, b = detector("lasso", torch.from_numpy(a), torch.from_numpy(t))
+    assert b != 0
+    # With u of standardised activations: |gradient| = penalty where u is not zero, and at most that elsewhere.
+    scale = np.sqrt(((a - a.mean(0)) ** 2).mean())
+    x, y = (a - a.mean(0)) / scale, np.where(t, 1.0, -1.0)
+    share = np.where(t, 0.5 / t.sum(), 0.5 / (~t).sum())
+    centered = x - share @ x
+    penalty = 0.05 * np.abs((share * y) @ centered).max()
+    u = w.numpy() * scale
+    gradient = centered.T @ (share * (y - centered @ u))
+    used = np.abs(u) > 1e-9
+    assert used[4]
+    assert used[11]
+    assert used.sum() < 20
+    np.testing.assert_allclose(gradient[used], penalty * np.sign(u[used]), atol=1e-4)
+    assert (np.abs(gradient) <= penalty + 1e-4).all()
+    assert not CAVS["lasso"](torch.ones(6, 4), torch.arange(6) % 2 == 0).any()
+
+
 def test_the_ridge_filter_is_its_closed_form() -> None:
     a, t, _ = marked_data()
     x = a.numpy() - a.numpy().mean(0)

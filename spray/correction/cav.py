@@ -10,6 +10,8 @@ from torch import Tensor
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
 """Returns the unit direction (d,), of activations (n, d) and which of them, bool (n,), have the artifact."""
+PENALTY = 0.05
+"""The lasso's, as a share of the least one that leaves no weight at all."""
 
 
 def pattern_cav(activations: Tensor, has_artifact: Tensor) -> Tensor:
@@ -45,9 +47,9 @@ def filter_cav(kind: str, activations: Tensor, has_artifact: Tensor) -> Tensor:
 
     Parameters
     ----------
-    kind : {"svm", "logistic", "ridge"}
-        Support vector machine with squared hinge loss, logistic regression or ridge regression on ±1; both kinds of
-        samples weigh the same.
+    kind : {"svm", "logistic", "ridge", "lasso"}
+        Support vector machine with squared hinge loss, logistic regression, ridge regression or lasso on ±1; both kinds
+        of samples weigh the same.
     activations, has_artifact
         As of `pattern_cav`.
 
@@ -81,10 +83,30 @@ def detector(kind: str, activations: Tensor, has_artifact: Tensor) -> tuple[Tens
         "logistic": lambda: LogisticRegression(class_weight="balanced", max_iter=1000),
         "ridge": lambda: RidgeClassifier(class_weight="balanced"),
     }
-    classifier = makers[kind]().fit(features, labels)
-    w = torch.from_numpy(np.asarray(classifier.coef_, dtype=np.float64).reshape(-1)) / scale
-    b = float(np.asarray(classifier.intercept_).reshape(-1)[0]) - float(w @ center)
+    if kind == "lasso":
+        coefficients, intercept = _lasso(features, labels)
+    else:
+        classifier = makers[kind]().fit(features, labels)
+        coefficients, intercept = classifier.coef_, classifier.intercept_
+    w = torch.from_numpy(np.array(coefficients, dtype=np.float64).reshape(-1)) / scale
+    b = float(np.asarray(intercept).reshape(-1)[0]) - float(w @ center)
     return w.to(activations), b
+
+
+def _lasso(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return weights and bias of the regression on ±1 with an ℓ1 penalty, both kinds weighing the same.
+
+    The penalty is a share of the least one that leaves no weight at all, max |Xᵀ y| / n, so that it has no scale.
+    """
+    from sklearn.linear_model import Lasso
+
+    y = np.where(labels, 1.0, -1.0)
+    share = np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum())
+    largest = np.abs(share * y @ (features - share @ features)).max()
+    if largest < 1e-12:  # the means agree, so that no penalty leaves a weight
+        return np.zeros(features.shape[1]), 0.0
+    fitted = Lasso(PENALTY * largest, max_iter=5000, tol=1e-5).fit(features, y, sample_weight=share * len(y))
+    return fitted.coef_, float(fitted.intercept_)
 
 
 CAVS: dict[str, Estimator] = {
@@ -92,6 +114,7 @@ CAVS: dict[str, Estimator] = {
     "svm": lambda a, t: filter_cav("svm", a, t),
     "logistic": lambda a, t: filter_cav("logistic", a, t),
     "ridge": lambda a, t: filter_cav("ridge", a, t),
+    "lasso": lambda a, t: filter_cav("lasso", a, t),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from spray.errors import UserError
 
-CAV_NAMES = ("pattern", "svm", "logistic", "ridge")
+CAV_NAMES = ("pattern", "svm", "logistic", "ridge", "lasso")
 POOLINGS = ("auto", "full", "max")
 PENALTIES = ("cosine", "square")
 AUTO = "auto"
@@ -36,7 +36,7 @@ class Options:
         Where latent methods work: the name of a module, whose output is meant; with ``:in`` behind it its input;
         ``output`` for the input of the layer that makes the model's output; or ``auto``.
     cav : str
-        How an artifact's direction is estimated: pattern, svm, logistic or ridge.
+        How an artifact's direction is estimated: pattern, svm, logistic, ridge or lasso.
     pooling : str
         Whether a direction is one of all activations (``full``) or of channels, found in activations max-pooled over
         positions (``max``); or ``auto``.
