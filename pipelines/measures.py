@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spray.analysis.content import spread_evenly
 from spray.correction.base import Finding
 from spray.correction.cav import pattern_cav
 from spray.correction.layers import activations
@@ -130,7 +131,7 @@ NOTHING: dict[str, Any] = dict.fromkeys(
 def _attacked(context: Context, model: nn.Module, attack: Attack, others: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return the logits (N, classes) of all test images with the artifact, and R_bias of some of the other classes."""
     labels = np.asarray(context.test.labels)
-    explained = _some(others, context.config.verify.n_explained)
+    explained = spread_evenly(others, context.config.verify.n_explained)
     logits, shares = [], []
     for indices in batches(len(labels), context.batch_size):
         pixels, mask = attack.add(context.test.batch(indices), indices)
@@ -162,7 +163,7 @@ def _derivatives(context: Context, model: nn.Module, attack: Attack) -> np.ndarr
     if c is None or layer is None:
         return none
     h = _direction(context, model, layer, attack.samples, c)
-    indices = _some(np.flatnonzero(np.asarray(context.test.labels) == c), context.config.verify.n_explained)
+    indices = spread_evenly(np.flatnonzero(np.asarray(context.test.labels) == c), context.config.verify.n_explained)
     if h is None or not len(indices):
         return none
     parts = []
@@ -178,14 +179,9 @@ def _direction(context: Context, model: nn.Module, layer: str, samples: np.ndarr
     with_it, without = np.intersect1d(of_class, samples), np.setdiff1d(of_class, samples)
     if min(len(with_it), len(without)) < 2:
         return None
-    indices = np.concatenate([_some(with_it, OF_EACH_KIND), _some(without, OF_EACH_KIND)])
+    indices = np.concatenate([spread_evenly(with_it, OF_EACH_KIND), spread_evenly(without, OF_EACH_KIND)])
     parts = []
     for part in batches(len(indices), context.batch_size):
         x = context.normalizer(context.train.batch(indices[part]), context.device)
         parts.append(activations(model, layer, x).flatten(1).double())
     return pattern_cav(torch.cat(parts), torch.from_numpy(np.isin(indices, with_it)).to(context.device))
-
-
-def _some(indices: np.ndarray, most: int) -> np.ndarray:
-    """Return at most so many of them, spread evenly."""
-    return indices[:: max(1, -(-len(indices) // most))]

@@ -16,7 +16,7 @@ from typing import Any
 from spray.storage import write_text
 
 HERE = Path(__file__).resolve().parent
-ARMS = ("planted", "clean", "everywhere")
+ARMS = ("planted", "clean", "everywhere", "biased")
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 STAGES = "stages=[train,attribute,analyze,rank,isolate,correct,verify]"
 CEILINGS = "ceilings"
@@ -80,6 +80,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "blur": {"size": 6},
 }
 """The planted kinds: options for images of 32 pixels, of which `size` grows with the images."""
+BIASES: dict[str, dict[str, Any]] = {
+    "corruption": {"kind": "box", "size": 2},
+    "mislabel": {"class": "all"},
+    "missing": {"which": "dark"},
+}
+"""The three biases of Hägele et al. (2020), see `spray.data.plant_biases`: a small corruption that goes with a class,
+which is planted like the other kinds; wrong labels in the whole set; and a kind of sample that training never saw. The
+last two are no artifact on images: a verdict is a false one there, and a correction has nothing to correct."""
+BIAS_RATES = {"corruption": 0.2, "mislabel": 0.2, "missing": 0.5}
 RATES = (0.2, 0.5, 0.1, 0.05, 0.01)
 SEEDS = (0, 1, 2)
 CLEAN_SEEDS = tuple(range(8))
@@ -97,9 +106,9 @@ class Cell:
     seed : int
         Of images, training and planting.
     arm : str
-        `planted` on one class, `clean`, or `everywhere`: equally in all classes.
+        `planted` on one class, `clean`, `everywhere`: equally in all classes; or `biased`: by no artifact on images.
     kind : str
-        A key of `KINDS`; empty where nothing is planted.
+        A key of `KINDS` or `BIASES`; empty where nothing is planted.
     rate : float
         Share of the images of each class that it is planted on.
     """
@@ -120,17 +129,19 @@ class Cell:
     def target(self) -> int:
         """The class that it is planted on: another one for every kind and seed."""
         targets = SETS[self.dataset].targets
-        place = list(KINDS).index(self.kind) if self.kind else 0
+        place = [*KINDS, *BIASES].index(self.kind) if self.kind else 0
         return targets[(2 * place + 3 * self.seed) % len(targets)]
 
     def plant(self) -> list[str]:
         """Return the overrides that say what is planted."""
         if self.arm == "clean":
             return ["dataset.plant.kind=none"]
-        options = {"kind": self.kind, "place": CORNERS[(self.target + self.seed) % 4], "jitter": 1} | KINDS[self.kind]
+        options: dict[str, Any] = {"kind": self.kind, "place": CORNERS[(self.target + self.seed) % 4], "jitter": 1}
+        options |= (KINDS | BIASES)[self.kind]
         if "size" in options and self.kind not in ("timestamp", "watermark", "low_bit"):
             options["size"] = round(options["size"] * SETS[self.dataset].side / 32)
-        options |= {"class": "all" if self.arm == "everywhere" else self.target, "rate": self.rate, "seed": self.seed}
+        target = "all" if self.arm == "everywhere" else options.get("class", self.target)
+        options |= {"class": target, "rate": self.rate, "seed": self.seed}
         return [f"dataset.plant.{key}={value}" for key, value in options.items()]
 
     def overrides(self, out: Path, methods: Sequence[str] = METHODS) -> list[str]:
@@ -168,8 +179,8 @@ def cells(
 ) -> list[Cell]:
     """Return the cells, such that what says most comes first.
 
-    First every kind once on the first set, then the clean models and the artifact in all classes, then the other sets,
-    then other seeds and other rates.
+    First every kind once on the first set, then the clean models, the artifact in all classes and the three biases,
+    then the other sets, then other seeds and other rates.
     """
     return [cell for cell in dict.fromkeys(_all(sets, kinds, rates, seeds, clean_seeds)) if cell.arm in arms]
 
@@ -186,6 +197,7 @@ def _all(
         yield from (Cell(dataset, seed, "planted", kind, rate) for kind in kinds)
         yield from (Cell(dataset, other) for other in clean_seeds[:4])
         yield from (Cell(dataset, seed, "everywhere", kind, rate) for kind in kinds[:1])
+        yield from (biased(dataset, seed, kind) for kind in BIASES)
     yield from (Cell(dataset, other) for other in clean_seeds[4:] for dataset in sets)
     for other in rates[1:]:
         yield from (Cell(dataset, seed, "planted", kind, other) for dataset in sets for kind in kinds)
@@ -193,6 +205,11 @@ def _all(
         for each in rates:
             yield from (Cell(dataset, other, "planted", kind, each) for dataset in sets for kind in kinds)
     yield from (Cell(dataset, seed, "everywhere", kind, rate) for dataset in sets for kind in kinds)
+
+
+def biased(dataset: str, seed: int, kind: str) -> Cell:
+    """Return the cell of one of the `BIASES`."""
+    return Cell(dataset, seed, "planted" if kind == "corruption" else "biased", kind, BIAS_RATES[kind])
 
 
 def make(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:

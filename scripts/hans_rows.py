@@ -19,19 +19,20 @@ from spray.storage import write_text
 COLUMNS: dict[str, str] = {
     "cell": "name of the run's folder",
     "dataset": "photos32, photos64 or fashion",
-    "arm": "planted (on one class), clean (nothing planted) or everywhere (in all classes alike)",
+    "arm": "planted (on one class), clean (nothing planted), everywhere (in all classes alike) or biased (no artifact)",
     "kind": "what was planted",
     "extent": "local, framing, background or global",
     "rate": "share of the class's training images that carry it",
     "seed": "of images, training and planting",
     "class_index": "of the class that it was planted on",
-    "n_carriers": "training images that carry it",
+    "n_carriers": "training images that carry it, have a wrong label or were left out",
     "clean_accuracy_of_others": "accuracy of the untouched model on the other classes' clean test images",
     "attacked_accuracy_of_others": "the same with the true artifact added to them",
     "attacked_ceiling": "the same, of the model trained on clean data",
     "relies": "whether the artifact costs the untouched model 5 points, and 5 more than the one trained on clean data",
     "n_candidates": "rows of artifacts.json",
-    "false_alarms": "verdicts other than no_effect that are not of a planted artifact's class and samples",
+    "false_alarms": "verdicts other than no_effect that are not of a planted artifact's class and samples; of a bias "
+    "that is no artifact all but sample_bias",
     "class_rank": "rank of the artifact's class in ranking.json",
     "hit_at_1": "whether it is the first",
     "reciprocal_rank": "1 / class_rank",
@@ -62,6 +63,7 @@ COLUMNS: dict[str, str] = {
     "attacked_accuracy_isolated": "with the isolated artifact instead",
     "worst_class_accuracy": "least accuracy of a class",
     "worst_group_accuracy": "least accuracy of a class with or without the true artifact",
+    "missing_accuracy": "accuracy on the class's test images of the kind that training lacks (missing)",
     "artifact_relevance": "R_bias: share of relevance inside the true artifact",
     "tcav": "share of the class's test images whose output rises along the artifact's direction",
     "tcav_sensitivity": "mean size of that derivative",
@@ -76,6 +78,7 @@ OF_TRUE_ARTIFACT = (
     "attacked_to_class",
     "worst_group_accuracy",
     "artifact_relevance",
+    "missing_accuracy",
     "tcav",
     "tcav_sensitivity",
 )
@@ -118,7 +121,7 @@ def _compute(cell: Cell, record: Mapping[str, Any], folder: Path) -> list[dict[s
         for name in ("ranking.json", "artifacts.json", "verification.json", "run.json")
     )
     candidates, models = artifacts["artifacts"], said["models"]
-    truth = next((row for row in read_truth(folder) if row["samples"]), None)
+    truth = next((row for row in read_truth(folder) if row["samples"] or row.get("left_out")), None)
     chosen = (said.get("chosen") or {}).get("method")
     of_cell: dict[str, Any] = {
         "cell": cell.name,
@@ -128,12 +131,15 @@ def _compute(cell: Cell, record: Mapping[str, Any], folder: Path) -> list[dict[s
         "rate": cell.rate,
         "seed": cell.seed,
         "n_candidates": len(candidates),
-        "false_alarms": len(false_alarms(candidates, truth if cell.arm == "planted" else None)),
+        "false_alarms": len(false_alarms(candidates, truth if cell.arm == "planted" else None, cell.arm == "biased")),
         "chosen": chosen,
         "seconds": record["seconds"],
     }
     if truth is not None:
-        of_cell |= {"extent": truth["extent"], "n_carriers": len(truth["samples"])} | _reliance(models)
+        of_cell |= {
+            "extent": truth["extent"],
+            "n_carriers": len(truth.get("left_out") or truth["samples"]),
+        } | _reliance(models)
     if truth is not None and cell.arm == "planted":
         of_cell |= {"class_index": truth["class_index"], **ranked(ranking["classes"], truth["class_index"])}
         of_cell |= _detection(folder, record["overrides"], candidates, truth, said)
@@ -167,11 +173,16 @@ def ranked(classes: Sequence[Mapping[str, Any]], class_index: int) -> dict[str, 
     return {"class_rank": rank, "hit_at_1": rank == 1, "reciprocal_rank": 0.0 if rank is None else 1 / rank}
 
 
-def false_alarms(candidates: Sequence[Mapping[str, Any]], truth: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the rows with a verdict that are not of the planted class and, for the most part, its samples."""
+def false_alarms(
+    candidates: Sequence[Mapping[str, Any]], truth: Mapping[str, Any] | None, of_samples: bool = False
+) -> list[Mapping[str, Any]]:
+    """Return the rows with a verdict that are not of the planted class and, for the most part, its samples.
+
+    Where a bias is `of_samples`, such as a kind that is missing, it is right to say so: `sample_bias`.
+    """
     wrong = []
     for row in candidates:
-        if row["verdict"] == "no_effect":
+        if row["verdict"] == "no_effect" or (of_samples and row["verdict"] == "sample_bias"):
             continue
         right = truth is not None and row["class_index"] == truth["class_index"]
         if not right or truth is None or precision_recall(row["samples"], truth["samples"])[0] < OVERLAP:

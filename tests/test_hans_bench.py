@@ -30,9 +30,11 @@ def test_every_kind_comes_once_first_then_clean_models() -> None:
     assert [cell.kind for cell in cells[: len(KINDS)]] == list(KINDS)
     assert {cell.arm for cell in cells[: len(KINDS)]} == {"planted"}
     assert [cell.arm for cell in cells[len(KINDS) : len(KINDS) + 5]] == ["clean"] * 4 + ["everywhere"]
+    biased = [(cell.arm, cell.kind) for cell in cells[len(KINDS) + 5 : len(KINDS) + 8]]
+    assert biased == [("planted", "corruption"), ("biased", "mislabel"), ("biased", "missing")]
     assert len({cell.name for cell in cells}) == len(cells)
     wanted = {(d, k, r, s) for d in SETS for k in KINDS for r in hans_cells.RATES for s in hans_cells.SEEDS}
-    assert {(c.dataset, c.kind, c.rate, c.seed) for c in cells if c.arm == "planted"} == wanted
+    assert {(c.dataset, c.kind, c.rate, c.seed) for c in cells if c.arm == "planted" and c.kind in KINDS} == wanted
     assert {options["kind"] for options in ({"kind": k} | v for k, v in KINDS.items())} == {
         name for name in PLANTED.names() if name not in ("mislabel", "missing")
     }
@@ -51,6 +53,35 @@ def test_every_kind_fits_in_every_set(dataset: str, kind: str) -> None:
         (plant,) = read_plants(given, None, [f"c{i}" for i in range(n)], shape)
         assert plant.target == (cell.target if arm == "planted" else None)
         assert plant.rate == 0.2
+
+
+@pytest.mark.parametrize("dataset", SETS)
+def test_biases_are_planted_as_their_kinds_say(dataset: str) -> None:
+    classes, shape = [f"c{i}" for i in range(SETS[dataset].n_classes)], (1, SETS[dataset].side, SETS[dataset].side)
+    made = {}
+    for kind in hans_cells.BIASES:
+        cell = hans_cells.biased(dataset, 1, kind)
+        given = dict(item.removeprefix("dataset.plant.").split("=") for item in cell.plant())
+        (made[kind],) = read_plants(given, None, classes, shape)
+        assert cell.target in SETS[dataset].targets
+        if kind != "mislabel":
+            assert made[kind].target == cell.target
+    assert (made["corruption"].kind, made["mislabel"].kind, made["missing"].kind) == ("box", "mislabel", "missing")
+    assert made["corruption"].size <= 4
+    assert made["mislabel"].target is None
+    assert (made["missing"].which, made["missing"].rate) == ("dark", 0.5)
+
+
+def test_of_a_bias_that_is_no_artifact_only_a_bias_of_samples_may_be_said() -> None:
+    rows = [{"class_index": 1, "verdict": said, "samples": [1]} for said in ("no_effect", "sample_bias", "backdoor")]
+    assert hans_rows.false_alarms(rows, None, of_samples=True) == rows[2:]
+    assert hans_rows.false_alarms(rows, None) == rows[1:]
+    cell = {"cell": "x", "dataset": "photos32", "arm": "biased", "kind": "missing", "false_alarms": 1, "rate": 0.5}
+    numbers = {"original": (0.8, 0.3), "fine_tuned": (0.1, 0.1), "ceiling": (0.9, 0.75)}
+    table = hans_tables.biases(
+        [cell | {"model": name, "clean_accuracy": a, "missing_accuracy": b} for name, (a, b) in numbers.items()]
+    )
+    assert "| photos32, missing | 1 | 0.800 | 0.900 | 0.300 | 0.750 | 1 |" in table
 
 
 def test_precision_and_recall_count_samples() -> None:
