@@ -51,7 +51,7 @@ def context_of(labels: np.ndarray, seed: int = 0) -> Any:
 
 def search(context: Any, drawn: looking.Drawn, c: int) -> None:
     index = np.flatnonzero(context.train.labels == c)
-    maps = SimpleNamespace(attribution=np.zeros((len(context.train), 1, SIDE, SIDE), np.float16))
+    maps: Any = SimpleNamespace(attribution=np.zeros((len(context.train), 1, SIDE, SIDE), np.float16))
     repeated_in_class(context, c, index, maps, drawn)
 
 
