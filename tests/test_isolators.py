@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from spray.data.planting import Plant
 from spray.isolation import choice
 from spray.isolation.artifact import Artifact
-from spray.isolation.blended import isolate_blended, isolate_veil
-from spray.isolation.changed import Background, Changed, isolate_background, isolate_change, smoothed
+from spray.isolation.blended import isolate_blended, isolate_shade, isolate_veil
+from spray.isolation.changed import Background, Changed, isolate_background, isolate_change, isolate_faded, smoothed
 from spray.isolation.choice import ISOLATORS, Trial, natural_changes, separation, tried
 from spray.isolation.evidence import Evidence
 from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
@@ -70,6 +70,36 @@ def test_a_blend_of_the_whole_image_is_found_with_opacity_and_colour() -> None:
     assert (added - truth).abs().mean() < 0.15 * (world.other - truth).abs().mean()
     assert (change.without(truth) - world.other).abs().mean() < 0.05
     assert separation(change.score(world.images), change.score(world.other)) > 0.99
+
+
+@pytest.mark.parametrize("kind", ["brightness", "tint"])
+def test_a_fade_is_found_by_the_range_of_values(kind: str) -> None:
+    world = World(kind=kind, strength=0.4)
+    images = torch.cat([world.images[:72], scenes(8, 9)])
+    faded = isolate_faded(Evidence(images, world.evidence.relevance, world.other, world.evidence.other_relevance))
+    assert faded is not None
+    color = torch.tensor(world.plant.color)
+    torch.testing.assert_close(faded.gain, torch.full((3,), 0.6), atol=0.06, rtol=0)
+    torch.testing.assert_close(faded.offset, 0.4 * color, atol=0.04, rtol=0)
+
+
+def test_nothing_is_no_fade_and_no_shade() -> None:
+    maps = torch.ones(N, SIDE, SIDE)
+    evidence = Evidence(scenes(N, 5), maps, scenes(N, 6), maps)
+    assert isolate_faded(evidence) is None
+    shade = isolate_shade(evidence)
+    assert shade is None or float(shade.mask.mean()) < 0.1
+
+
+def test_a_vignette_is_a_shade_of_its_opacity_and_colour() -> None:
+    world = World(kind="vignette", jitter=0)
+    shade = isolate_shade(world.evidence)
+    assert shade is not None
+    truth = world.opacity.flatten(0, -3)[0]
+    assert (shade.mask - truth).abs().mean() < 0.06
+    assert float(np.corrcoef(shade.mask.flatten(), truth.flatten())[0, 1]) > 0.95
+    torch.testing.assert_close(shade.pattern[:, 0, 0], torch.zeros(3), atol=0.08, rtol=0)
+    assert separation(shade.score(world.images), shade.score(world.other)) > 0.99
 
 
 def test_an_impure_cluster_changes_the_estimate_little() -> None:
@@ -212,7 +242,9 @@ KINDS = {
     "tag": ({"kind": "tag"}, {"local"}),
     "frame": ({"kind": "frame", "size": 3, "jitter": 1}, {"colored"}),
     "watermark": ({"kind": "watermark"}, {"blended"}),
-    "tint": ({"kind": "tint"}, {"change", "veil"}),
+    "vignette": ({"kind": "vignette"}, {"shade"}),
+    "brightness": ({"kind": "brightness"}, {"faded", "change"}),
+    "tint": ({"kind": "tint"}, {"change", "veil", "faded"}),
 }
 
 
@@ -301,7 +333,7 @@ def test_isolators_are_in_order_of_simplicity() -> None:
 
 @pytest.mark.parametrize(
     ("isolator", "likeness", "still", "expected"),
-    [("change", 0.7, 0.8, False), ("change", 0.9, 0.8, True), ("change", 0.7, 0.6, True), ("local", 0.3, 0.8, True)],
+    [("change", 0.7, 0.9, False), ("change", 0.9, 0.9, True), ("change", 0.7, 0.6, True), ("local", 0.3, 0.9, True)],
 )
 def test_a_change_of_the_whole_image_has_to_make_the_rest_look_like_the_cluster(
     isolator: str, likeness: float, still: float, expected: bool

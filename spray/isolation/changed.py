@@ -15,6 +15,8 @@ from spray.isolation.statistics import BANDS, discriminant, frequencies, radial_
 
 BACKGROUND = 0.25
 """How far from the background's colour a pixel may be, in its most different channel, to belong to it at all."""
+RANGE = 0.15
+"""Share of images that may be darker than the darkest typical one, and lighter than the lightest."""
 WEAKEST = 0.02
 """Least root mean square change, in units of the pixel range, that is a change."""
 
@@ -143,6 +145,27 @@ def isolate_change(evidence: Evidence) -> Changed | None:
     blur, noise = _spectral(inside, flat)
     # What noise and blur do to the range of values is no matter of gain.
     return _checked(Changed, evidence, gain, offset, blur, noise)
+
+
+def isolate_faded(evidence: Evidence) -> Changed | None:
+    """Fit the blend with one colour that takes the range of the rest's values to that of the cluster's.
+
+    Black and white are in most images, whatever they show: what ``x' = a x + b`` makes of the darkest and the lightest
+    pixel of an image says more of b and a + b than the pixels in between, of which each image has others.
+
+    Returns
+    -------
+    Changed or None
+        None if hardly anything is changed, or if contrast is gained.
+    """
+    inside, outside = evidence.images.flatten(2), evidence.other_images.flatten(2)
+    # Typical of the images that go farthest, and not of the one that does: a cluster is never quite pure.
+    low, before_low = (values.amin(dim=2).quantile(RANGE, dim=0) for values in (inside, outside))
+    high, before_high = (values.amax(dim=2).quantile(1 - RANGE, dim=0) for values in (inside, outside))
+    gain = (high - low) / (before_high - before_low).clamp_min(0.1)
+    if not 0.1 <= float(gain.min()) <= float(gain.max()) <= 1.0 + WEAKEST:
+        return None
+    return _checked(Changed, evidence, gain, low - gain * before_low, 0.0, 0.0)
 
 
 def isolate_background(evidence: Evidence) -> Background | None:

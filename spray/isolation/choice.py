@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from spray.isolation.artifact import Artifact
-from spray.isolation.blended import isolate_blended, isolate_veil
+from spray.isolation.blended import isolate_blended, isolate_shade, isolate_veil
 from spray.isolation.candidate import isolate
 from spray.isolation.causal import Predictor
-from spray.isolation.changed import isolate_background, isolate_change, quartiles
+from spray.isolation.changed import isolate_background, isolate_change, isolate_faded, quartiles
 from spray.isolation.evidence import Evidence
 from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
 from spray.isolation.scattered import isolate_scattered
@@ -36,6 +36,8 @@ ISOLATORS: dict[str, Isolator] = {
     "uncolored": isolate_uncolored,
     "scattered": isolate_scattered,
     "blended": isolate_blended,
+    "faded": isolate_faded,
+    "shade": isolate_shade,
     "veil": isolate_veil,
     "change": isolate_change,
     "background": isolate_background,
@@ -53,7 +55,7 @@ SIMPLER = 0.01
 
 SAME_CONTENT = ("local", "scattered")
 """Isolators of the same piece of an image in all samples, which natural kinds of images don't have."""
-WHOLE = ("veil", "change", "background")
+WHOLE = ("faded", "shade", "veil", "change", "background")
 """Isolators that explain a cluster by a change of the whole image."""
 LIKE_ENOUGH = 0.8
 """Least likeness of what such a change makes of the rest.
@@ -63,7 +65,7 @@ what it makes does not look like the group.
 """
 APART = 0.85
 """Least area under the curve by which the cluster's samples have to be told from the rest ..."""
-ALIKE = 0.4
+ALIKE = 0.65
 """... and largest share of it, of what exceeds chance, that may be left once the artifact is added to the rest.
 
 Natural kinds of images differ in more than one thing: whatever is added to the others, they can still be told apart.
