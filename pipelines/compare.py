@@ -26,6 +26,7 @@ from spray.pipelines.analyze import read_features
 from spray.pipelines.comparison_page import Found, page
 from spray.pipelines.context import Context
 from spray.pipelines.other_run import ANALYSIS, ATTRIBUTIONS, open_other, plain, read_record
+from spray.pipelines.rounds import inside
 from spray.pipelines.stage import Stage
 from spray.report.words import model_name
 from spray.storage import write_json, write_text
@@ -184,7 +185,10 @@ def _explain_corrected(context: Context, method: str, folder: Path) -> bool:
     from spray.pipelines.runner import run_part
 
     context.log.info("explaining %s in %s", model_name(method), folder)
-    run_part(context.with_model(weights, folder), ["train", "attribute", "analyze"])
+    part = context.with_model(weights, folder)
+    # Where a projection wraps the model its layers have other names.
+    part.config = inside(part.config, context.load_model(weights))
+    run_part(part, ["train", "attribute", "analyze"])
     return True
 
 

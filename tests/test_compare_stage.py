@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import small
+import torch
 
 from spray.pipelines.stages import NAMES, in_order
 from spray.report.comparison import ComparisonData, Evidence, Example, Model, Strategy, render_comparison
@@ -320,6 +321,19 @@ def test_before_against_after_a_correction(runs: Runs, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "comparison.json").read_text())
     first = max((row for row in found["strategies"] if row["class_name"] == "skin"), key=lambda row: row["clear"])
     assert (first["verdict"], found["strategies_by_verdict"]["this"]["only"]) == ("shared", 0)
+
+
+@pytest.mark.slow
+def test_a_projected_model_is_explained_in_the_same_layer(runs: Runs, tmp_path: Path) -> None:
+    stages = f"stages=[{','.join(NAMES[:6])},compare]"
+    more = ("correction.methods=[p_clarc]", "correction.layer='4'", "correction.epochs=1")
+    done(runs.run(tmp_path, stages, *more, "compare.correction=p_clarc", "attribution.layer='2'"))
+    state = torch.load(tmp_path / "corrected/p_clarc.pt", weights_only=True)
+    assert any(key.startswith("projections.") for key in state), "no projection is left to wrap the model"
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["models"]["other"]["name"] == "P-ClArC"
+    facts = json.loads((tmp_path / "compared/p_clarc/run.json").read_text())["stages"]["attribute"]["facts"]
+    assert facts["layers"] == ["model.2"]
 
 
 def test_a_run_without_an_artifact_has_nothing_to_compare(
