@@ -250,6 +250,65 @@ def test_a_projected_model_is_looked_at_and_corrected_again(world: World) -> Non
     assert models["round_2"]["attacked_accuracy"] >= models["original"]["attacked_accuracy"]
 
 
+@pytest.mark.slow
+def test_two_artifacts_are_found_and_corrected_one_after_the_other(tmp_path: Path) -> None:
+    scripts = Path(__file__).parent.parent / "scripts"
+    said = small.run(
+        "experiment=image_folder",
+        "dataset=factory",
+        f"dataset.factory={scripts / 'hans_data.py'}:photos32",
+        "dataset.options={seed: 0}",
+        "dataset.per_class=120",
+        "dataset.mean=[0.5]",
+        "dataset.std=[0.25]",
+        "dataset.plant={kind: tag, class: 6, rate: 0.4, jitter: 1}",
+        "dataset.plants=[{kind: frame, class: 3, rate: 0.4, size: 2, jitter: 0}]",
+        "model=small_cnn",
+        f"model.factory={scripts / 'rank_data.py'}:grey",
+        "model.epochs=10",
+        "analysis.umap=false",
+        # Only one is looked at in a round.
+        "isolate.candidates=1",
+        "isolate.n_tested=150",
+        "correction.methods=[a_clarc]",
+        "correction.epochs=5",
+        "correction.learning_rate=1e-3",
+        "correction.max_loss=0.1",
+        "correction.rounds=2",
+        "verify.recheck=false",
+        "device=cpu",
+        STAGES,
+        f"run_dir={tmp_path}",
+    )
+    assert said.code == 0
+    found = json.loads((tmp_path / "verification.json").read_text())
+    true = {
+        row["class_index"]: set(row["samples"]) for row in json.loads((tmp_path / "planted.json").read_text())["plants"]
+    }
+    seen = []
+    for row in found["rounds"]:
+        listed = json.loads((tmp_path / row["run_dir"] / "artifacts.json").read_text())["artifacts"]
+        proven = [each for each in listed if each["verdict"] in ("clever_hans", "backdoor")]
+        seen.append({each["class_index"] for each in proven})
+        for each in proven:
+            samples, planted = set(each["samples"]), true[each["class_index"]]
+            assert len(samples & planted) >= 0.8 * len(samples | planted)
+    assert seen[0] == {6}
+    assert 3 in seen[1]
+    assert found["final"]["round"] == 2
+    attacked = {
+        name: [found["models"][name]["planted"]["plants"][key]["attacked_accuracy"] for key in ("plant", "plants[0]")]
+        for name in ("original", "a_clarc", "round_2")
+    }
+    assert max(attacked["original"]) < 0.2
+    assert attacked["a_clarc"][0] > attacked["original"][0] + 0.2
+    assert attacked["a_clarc"][1] < 0.25, "what was not found yet still acts"
+    assert attacked["round_2"][0] > attacked["original"][0] + 0.2
+    assert attacked["round_2"][1] > attacked["original"][1] + 0.2
+    clean = [found["models"][name]["clean_accuracy"] for name in ("original", "round_2")]
+    assert clean[1] > clean[0] - 0.06
+
+
 def test_what_cannot_be_is_told(world: World) -> None:
     said = world.run("none", "verify.ceiling=true", "dataset.plant.kind=none")
     assert said.code == 2

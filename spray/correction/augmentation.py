@@ -13,7 +13,9 @@ from spray.correction.fine_tuning import fine_tune
 from spray.training import Batch
 
 SHARE = 0.125
-"""Weight of a class's images with an artifact, as a share of the weight of those without any."""
+"""Weight of a class's images with an artifact, as a share of the weight of those without any ..."""
+MOST = 0.25
+"""... and that of all artifacts together: more of them must not crowd out what there is to learn."""
 LARGEST = 4.0
 """Most that an image without an artifact counts, in a class that has few of them."""
 
@@ -46,6 +48,7 @@ def augment(problem: Problem) -> Augmented:
     labels = np.asarray(problem.train.labels)
     n_classes = len(problem.train.classes)
     sizes = np.bincount(labels, minlength=n_classes)
+    share = min(SHARE, MOST / max(1, len(problem.findings)))
     carrying = [carriers(problem, finding) for finding in problem.findings]
     free = ~np.any(carrying, axis=0)
     n_free = np.bincount(labels[free], minlength=n_classes).clip(1)
@@ -53,8 +56,8 @@ def augment(problem: Problem) -> Augmented:
     copied = []
     for carries in carrying:
         n = np.bincount(labels[carries], minlength=n_classes)
-        weights[carries] = np.minimum(weights, np.minimum(1.0, SHARE * sizes / n.clip(1))[labels])[carries]
-        copied.append(np.where(free, ((SHARE * sizes - n).clip(0) / n_free).clip(0, 1)[labels], 0.0))
+        weights[carries] = np.minimum(weights, np.minimum(1.0, share * sizes / n.clip(1))[labels])[carries]
+        copied.append(np.where(free, ((share * sizes - n).clip(0) / n_free).clip(0, 1)[labels], 0.0))
     return Augmented(weights, free, np.stack(copied))
 
 
@@ -64,8 +67,9 @@ def a_clarc(problem: Problem) -> nn.Module:
 
     Augmentative ClArC in input space (Anders et al. 2022, section 4.1): what occurs in every class says nothing about
     any. Every image is seen once in an epoch, as by the control. Beside it come so many copies with each artifact that
-    it weighs an eighth of every class; images that carry one by themselves count less where there are more. Many more
-    copies, or copies in the place of the images, cost clean accuracy: the model has less to learn from.
+    it weighs an eighth of every class, or several of them together at most a quarter; images that carry one by
+    themselves count less where there are more. Many more copies, or copies in the place of the images, cost clean
+    accuracy: the model has less to learn from.
     """
     how = augment(problem)
     labels = np.asarray(problem.train.labels)
