@@ -307,3 +307,28 @@ def test_sample_bias_counts_the_models_mistakes() -> None:
     found = causal.sample_bias(carries + np.linspace(0, 0.1, 100), carries, right)
     assert (found.separation, found.accuracy, found.rest_accuracy) == (1, 0.4, pytest.approx(0.9375))
     assert found.p_value == pytest.approx(float(stats.fisher_exact([[8, 12], [75, 5]], alternative="less")[1]))
+
+
+def test_what_changed_the_whole_image_is_undone_and_compared_with_the_image_itself() -> None:
+    """The samples without it do not come in: undone there it would be another change."""
+    from spray.isolation.changed import Changed
+
+    grey = torch.full((1, 4, 4), 0.5)
+    parts = (torch.ones(4, 4), grey, torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
+    lighter = Changed(*parts, torch.tensor([0.5]), torch.tensor([0.5]), 0.0, 0.0, torch.zeros(1), 0.0)
+
+    def bright(images: torch.Tensor) -> torch.Tensor:
+        mean = images.mean(dim=(1, 2, 3))
+        return torch.stack([10 * (0.6 - mean), 10 * (mean - 0.6)], dim=1)
+
+    rng = np.random.default_rng(0)
+    natural = torch.from_numpy(rng.uniform(0.1, 0.5, (30, 1, 1, 1)).astype("f4")).expand(-1, 1, 4, 4)
+    carriers = 0.5 * natural[:15] + 0.5
+    results = [
+        causal.measure_effect(bright, lighter, 1, natural, carriers, donors, 0)
+        for donors in (natural[15:], natural[15:] * 0 + 0.9)
+    ]
+    expected = float((causal.margin(bright(carriers), 1) - causal.margin(bright(natural[:15]), 1)).mean())
+    for result in results:
+        assert result.removal_cost == pytest.approx(expected, rel=1e-4)
+        assert result.removal_p_value < 1e-3

@@ -17,7 +17,7 @@ from spray.isolation.blended import isolate_blended, isolate_shade, isolate_veil
 from spray.isolation.changed import Background, Changed, isolate_background, isolate_change, isolate_faded, smoothed
 from spray.isolation.choice import ISOLATORS, Trial, natural_changes, separation, tried
 from spray.isolation.evidence import Evidence
-from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
+from spray.isolation.matted import Colored, closed, isolate_colored, isolate_donated, isolate_uncolored
 from spray.isolation.scattered import isolate_scattered, peaks, windows
 from spray.isolation.statistics import BANDS, discriminant, radial_power, statistics
 from spray.pipelines.isolated import load_artifact, save_artifact
@@ -340,3 +340,24 @@ def test_a_change_of_the_whole_image_has_to_make_the_rest_look_like_the_cluster(
 ) -> None:
     some = Artifact(torch.ones(2, 2), torch.ones(3, 2, 2), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
     assert Trial(isolator, some, likeness, 1.0, 1.0, 1.0, still, 0.9, 0.1).explains is expected
+
+
+def test_closing_is_scipys() -> None:
+    from scipy.ndimage import grey_closing
+
+    rng = np.random.default_rng(0)
+    masks = rng.random((3, 1, 20, 17)).astype(np.float32) * (rng.random((3, 1, 20, 17)) < 0.2)
+    for mask, found in zip(masks[:, 0], closed(torch.from_numpy(masks), 2)[:, 0], strict=True):
+        # Beyond the border there is nothing.
+        expected = grey_closing(np.pad(mask, 4), size=(5, 5))[4:-4, 4:-4]
+        np.testing.assert_allclose(found, expected)
+
+
+def test_the_control_of_a_shape_in_any_colour_does_not_have_that_shape() -> None:
+    mattes = torch.zeros(2, SIDE, SIDE)
+    mattes[:, 4:12, 4:12:2] = 1
+    parts = (torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True, torch.zeros(2, 3, SIDE, SIDE), mattes)
+    for color, columns in (([float("nan")] * 3, 7), ([1.0, 0.0, 0.0], 4)):
+        some = Colored(mattes[0], torch.zeros(3, SIDE, SIDE), *parts, torch.tensor(color), mattes[0], 0.01, 0.0)
+        changed = some.insert(torch.zeros(1, 3, SIDE, SIDE), np.array([0]), torch.ones(1, 3, SIDE, SIDE))
+        assert int((changed[0, 0, 8] > 0.5).sum()) == columns

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.stats import binomtest, fisher_exact, mannwhitneyu
+from scipy.stats import binomtest, fisher_exact, mannwhitneyu, wilcoxon
 from torch import Tensor
 
 from spray.isolation.artifact import Artifact
@@ -53,9 +53,10 @@ class Effect:
         One-sided exact McNemar test of artifact against control, image by image.
     removal_cost : float
         Mean fall of the class's logit, against the mean of the others', when the artifact is removed from its own
-        samples, minus the fall when the same is done to the class's samples without it.
+        samples, minus the fall when the same is done to the class's samples without it; minus nothing where it changed
+        the whole image and is undone.
     removal_p_value : float
-        One-sided Mann-Whitney test of that.
+        One-sided Mann-Whitney test of that; Wilcoxon's signed-rank test of what is undone.
     n : int
         Number of other classes' images tested; those predicted as the artifact's class beforehand are left out.
     flip_rate_interval, control_flip_rate_interval : list of float
@@ -174,7 +175,7 @@ def measure_effect(
     discordant = int((flips ^ control_flips).sum())
     typical = donors.median(dim=0).values
     cost = removal_cost(predict, artifact, target, carriers, typical)
-    control_cost = removal_cost(predict, artifact, target, donors, typical)
+    control_cost, removal_p_value = _removal_control(predict, artifact, target, cost, donors, typical)
     gains = (margin(added, target) - margin(control, target)).float()
     differences = flips.float() - control_flips.float()
     moved = None
@@ -188,7 +189,7 @@ def measure_effect(
         logit_gain=float(gains.mean()),
         p_value=float(binomtest(only, discordant, alternative="greater").pvalue) if discordant else 1.0,
         removal_cost=float(cost.mean() - control_cost.mean()),
-        removal_p_value=float(mannwhitneyu(cost, control_cost, alternative="greater").pvalue),
+        removal_p_value=removal_p_value,
         n=len(others),
         flip_rate_interval=wilson_interval(int(flips.sum()), len(others)),
         control_flip_rate_interval=wilson_interval(int(control_flips.sum()), len(others)),
@@ -198,6 +199,22 @@ def measure_effect(
         elsewhere_flip_rate=None if moved is None else float(moved.float().mean()),
         removal_cost_elsewhere=_cost_elsewhere(predict, artifact, target, carriers, typical, seed),
     )
+
+
+def _removal_control(
+    predict: Predictor, artifact: Artifact, target: int, cost: Tensor, donors: Tensor, typical: Tensor
+) -> tuple[Tensor, float]:
+    """Return what removal costs the class's samples without the artifact, and the p-value of its costing more.
+
+    What changed a whole image is undone, which leaves the image as it was: nothing was cut that would need a control,
+    and undone in samples without it, it would be a change itself, mostly a worse one. So each image is compared with
+    itself, by Wilcoxon's signed-rank test.
+    """
+    if isinstance(artifact, Reversible) and not artifact.bound_to_a_place:
+        p_value = float(wilcoxon(cost, alternative="greater").pvalue) if bool(cost.any()) else 1.0
+        return torch.zeros_like(cost), p_value
+    control = removal_cost(predict, artifact, target, donors, typical)
+    return control, float(mannwhitneyu(cost, control, alternative="greater").pvalue)
 
 
 def _no_stronger(images: Tensor, change: Artifact, artifact: Artifact, draws: np.ndarray) -> Tensor:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 
 from spray.isolation.artifact import ARTIFACTS, Artifact
 from spray.isolation.candidate import LARGEST, isolate, relevance_gain, salient
@@ -66,11 +66,30 @@ class Colored(Donated):
         """Return how much of the artifact's shape an image has, (n,): typically 1 in the cluster and 0 in the rest."""
         return (self._filled(images) - self.zero) / self.scale
 
+    def insert(self, images: Tensor, draws: np.ndarray, content: Tensor | None = None) -> Tensor:
+        """Add the artifact, or other content in its place: not in its very shape where any colour will do.
+
+        Then the shape is all that the samples share, and text written in the colours of another image is text still:
+        its strokes are closed to blocks (by as much as an eighth of the image).
+        """
+        if content is None or not bool(self.color.isnan().any()):
+            return super().insert(images, draws, content)
+        mask = closed(self.placed(draws)[0].to(images), max(1, round(min(images.shape[2:]) / 16)))
+        return images + mask * (content.to(images) - images)
+
     def _matte(self, images: Tensor) -> Tensor:
         return one_color(images, self.weights, self.color, self.tolerance)
 
     def _filled(self, images: Tensor) -> Tensor:
         return (self._matte(images) * self.weights.to(images)).sum(dim=(1, 2))
+
+
+def closed(masks: Tensor, radius: int) -> Tensor:
+    """Return masks (n, 1, H, W) with gaps of up to twice the radius filled: the morphological closing by a square."""
+    side = 2 * radius + 1
+    wide = nn.functional.pad(masks, (radius,) * 4)
+    grown = nn.functional.max_pool2d(wide, side, stride=1, padding=radius)
+    return -nn.functional.max_pool2d(-grown, side, stride=1)
 
 
 def one_color(images: Tensor, weights: Tensor, color: Tensor, tolerance: float) -> Tensor:
