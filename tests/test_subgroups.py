@@ -17,12 +17,12 @@ def samples(n: int, seed: int) -> np.ndarray:
     return rng.gamma(2.0, size=(n, 12)) @ np.random.default_rng(0).normal(size=(12, D)) + rng.normal(size=(n, D))
 
 
-@pytest.mark.parametrize(("first", "second"), [((150, 1), (400, 2)), ((60, 3), (60, 4)), ((40, 5), (300, 6))])
+@pytest.mark.parametrize(("first", "second"), [((150, 1), (400, 2)), ((60, 3), (60, 4)), ((40, 5), (300, 6)), ((8, 7), (90, 8))])
 def test_samples_of_one_kind_are_not_told_apart(first: tuple[int, int], second: tuple[int, int]) -> None:
     """Independent draws: the mean over seeds of the folds is that of chance."""
     (n, a), (m, b) = first, second
     areas = [told_apart(samples(n, 10 * a + s), samples(m, 10 * b + s), s) for s in range(8)]
-    assert np.mean(areas) == pytest.approx(0.5, abs=0.06)
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.06 if n > 10 else 0.12)
 
 
 def test_a_shift_and_a_spread_are_told_apart() -> None:
@@ -47,7 +47,8 @@ def test_what_undoes_the_difference_leaves_nothing_to_tell() -> None:
 
 
 def test_too_few_samples_say_nothing() -> None:
-    assert told_apart(samples(9, 0), samples(100, 1) + 9, 0) == 0.5
+    assert told_apart(samples(5, 0), samples(100, 1) + 9, 0) == 0.5
+    assert told_apart(samples(6, 0), samples(100, 1) + 9, 0) > 0.95
 
 
 def test_the_group_with_something_of_its_own_comes_first() -> None:

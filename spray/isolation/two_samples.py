@@ -10,6 +10,8 @@ DIRECTIONS = 30
 """Most principal components that a classifier sees; their squares as well, for what differs in spread alone."""
 PER_DIRECTION = 5
 """Least samples for each of them."""
+FEWEST = 6
+"""Fewest samples of a set."""
 PENALTY = 0.05
 """Ridge of the classifier, on standardised features."""
 
@@ -28,22 +30,24 @@ def told_apart(first: np.ndarray, second: np.ndarray, seed: int) -> float:
     -------
     float
         Area under the receiver's operating characteristic: 1 if they share nothing, 0.5 if they are alike. 0.5 as well
-        for fewer than two samples a fold in either.
+        for fewer than `FEWEST` samples in either, which say nothing.
     """
-    if min(len(first), len(second)) < 2 * FOLDS:
+    fewest = min(len(first), len(second))
+    if fewest < FEWEST:
         return 0.5
+    folds = min(FOLDS, fewest // 2)
     rows = np.concatenate([first, second])
     labels = np.arange(len(rows)) < len(first)
     rng = np.random.default_rng([seed, 31])
     fold = np.empty(len(rows), dtype=int)
     for part in (labels, ~labels):
-        fold[part] = rng.permutation(int(part.sum())) % FOLDS
+        fold[part] = rng.permutation(int(part.sum())) % folds
     scores = np.empty(len(rows))
-    for k in range(FOLDS):
+    for k in range(folds):
         used = fold != k
         scores[~used] = _classified(rows[used], labels[used], rows[~used])
     # Folds are compared within themselves: each has a classifier, and a scale, of its own.
-    return float(np.mean([_area(scores[fold == k], labels[fold == k]) for k in range(FOLDS)]))
+    return float(np.mean([_area(scores[fold == k], labels[fold == k]) for k in range(folds)]))
 
 
 def _classified(rows: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.ndarray:
