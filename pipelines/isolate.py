@@ -173,6 +173,8 @@ def _write(
         "mask_share": float(candidate.artifact.mask.mean()),
         "kind": candidate.artifact.kind,
         "unusual": candidate.unusual,
+        "told_apart": candidate.trials[0].apart,
+        "still_told_apart": candidate.trials[0].still_apart,
         "opacity": candidate.artifact.opacity,
         **{key: effect[key] for key in MORE},
         "sample_bias": asdict(candidate.bias),

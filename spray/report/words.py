@@ -39,6 +39,8 @@ LABELS = {
     "removal_cost_elsewhere": "loss of the logit when it is removed elsewhere",
     "sample_bias": "as a kind of sample",
     "explanations": "Ways of cutting it out that were tried",
+    "told_apart": "how well a classifier tells its samples from the rest of their class (1: always, 0.5: not at all)",
+    "still_told_apart": "how well from the rest with the artifact added",
 }
 """What further facts are called, by their key."""
 
