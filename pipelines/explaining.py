@@ -15,7 +15,7 @@ from spray.correction.layers import candidates
 from spray.figures import fitted
 from spray.isolation.artifact import Artifact
 from spray.isolation.causal import Effect, SampleBias, measure_effect, sample_bias
-from spray.isolation.choice import SAME_CONTENT, Trial, natural_changes, refitted, tried
+from spray.isolation.choice import Trial, natural_changes, refitted, tried
 from spray.isolation.evidence import Evidence
 from spray.isolation.growing import FEWEST, FREE, Scorer, grow, inner_features
 from spray.isolation.statistics import statistics
@@ -147,7 +147,7 @@ class Explainer:
         )
         own = dict(zip(of_class.tolist(), scores.tolist(), strict=True))
         bias = sample_bias(scores, carries, right)
-        unusual = unusual or trials[0].isolator in SAME_CONTENT or trials[0].accounts
+        unusual = unusual or trials[0].unnatural
         return Candidate(c, cluster, artifact, of_class[carries], own, first, second, trials, effect, bias, unusual)
 
     def groups(self, c: int, most: int) -> list[np.ndarray]:

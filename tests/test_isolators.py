@@ -361,3 +361,17 @@ def test_the_control_of_a_shape_in_any_colour_does_not_have_that_shape() -> None
         some = Colored(mattes[0], torch.zeros(3, SIDE, SIDE), *parts, torch.tensor(color), mattes[0], 0.01, 0.0)
         changed = some.insert(torch.zeros(1, 3, SIDE, SIDE), np.array([0]), torch.ones(1, 3, SIDE, SIDE))
         assert int((changed[0, 0, 8] > 0.5).sum()) == columns
+
+
+@pytest.mark.parametrize(
+    ("isolator", "before", "after", "expected"),
+    [
+        *(("local", 0.95, 0.6, True), ("local", 0.95, 0.95, False), ("local", 0.7, 0.7, True)),
+        *(("shade", 0.95, 0.6, True), ("shade", 0.95, 0.85, False), ("shade", 0.7, 0.5, False)),
+    ],
+)
+def test_natural_kinds_are_told_from_artifacts_by_what_is_left(
+    isolator: str, before: float, after: float, expected: bool
+) -> None:
+    some = Artifact(torch.ones(2, 2), torch.ones(3, 2, 2), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
+    assert Trial(isolator, some, 1.0, 1.0, 1.0, before, after, 0.9, 0.1).unnatural is expected

@@ -124,6 +124,14 @@ class Trial:
         return self.artifact.constant and self.apart >= APART and self.left <= ALIKE
 
     @property
+    def unnatural(self) -> bool:
+        """Whether the cluster is no natural kind of image: the artifact accounts for it, or is always the same piece.
+
+        Of too few or too impure samples that could not be told from the rest before, nothing can be accounted for.
+        """
+        return self.accounts or (self.isolator in SAME_CONTENT and self.apart < APART)
+
+    @property
     def evidence(self) -> float:
         """What trials are compared by."""
         effect = self.flip_rate - 0.5 * self.control_flip_rate
