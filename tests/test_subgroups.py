@@ -17,7 +17,9 @@ def samples(n: int, seed: int) -> np.ndarray:
     return rng.gamma(2.0, size=(n, 12)) @ np.random.default_rng(0).normal(size=(12, D)) + rng.normal(size=(n, D))
 
 
-@pytest.mark.parametrize(("first", "second"), [((150, 1), (400, 2)), ((60, 3), (60, 4)), ((40, 5), (300, 6)), ((8, 7), (90, 8))])
+@pytest.mark.parametrize(
+    ("first", "second"), [((150, 1), (400, 2)), ((60, 3), (60, 4)), ((40, 5), (300, 6)), ((8, 7), (90, 8))]
+)
 def test_samples_of_one_kind_are_not_told_apart(first: tuple[int, int], second: tuple[int, int]) -> None:
     """Independent draws: the mean over seeds of the folds is that of chance."""
     (n, a), (m, b) = first, second
