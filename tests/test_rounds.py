@@ -38,6 +38,7 @@ OPTIONS = (
     "model.batch_size=16",
     "analysis.umap=false",
     "isolate.per_class=1",
+    "isolate.latent=0",
     "device=cpu",
     STAGES,
 )
@@ -269,6 +270,7 @@ def test_two_artifacts_are_found_and_corrected_one_after_the_other(tmp_path: Pat
         "analysis.umap=false",
         # Only one is looked at in a round.
         "isolate.candidates=1",
+        "isolate.latent=0",
         "isolate.n_tested=150",
         "correction.methods=[a_clarc]",
         "correction.epochs=5",
