@@ -204,7 +204,9 @@ def test_artifacts(run: Run) -> None:
     for row in rows:
         assert row["verdict"] in ("clever_hans", "backdoor", "sample_bias", "no_effect")
         assert row["class_name"] == CLASSES[row["class_index"]]
-        assert (row["class_index"], row["cluster"]) in clusters
+        # Groups of the inner activations are not the ranking's: their heatmaps are not alike.
+        group = re.fullmatch(r"latent-\d\d/1", row["cluster"])
+        assert group or (row["class_index"], row["cluster"]) in clusters
         assert row["samples"] == sorted(set(row["samples"]))
         assert set(label[row["samples"]]) <= {row["class_index"]}
         for key in ("flip_rate", "control_flip_rate", "p_value"):
