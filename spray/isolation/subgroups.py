@@ -19,14 +19,14 @@ COMPONENTS = 20
 """Independent components sought."""
 SMALLEST = 8
 """Fewest samples of a group."""
-EXCLUSIVE = 1.5
+EXCLUSIVE = 0.5
 """Least logarithm of how many times as frequent the group is in its class as in others."""
 RARE = 0.01
 """Added to both frequencies: less can't be told from nothing."""
 
 
 def subgroups(features: np.ndarray, others: np.ndarray, seed: int, most: int) -> list[np.ndarray]:
-    """Return groups of a class's samples, those that stand out most first.
+    """Return groups of a class's samples, those that are most its own first.
 
     Parameters
     ----------
@@ -42,8 +42,8 @@ def subgroups(features: np.ndarray, others: np.ndarray, seed: int, most: int) ->
     Returns
     -------
     list of ndarray of bool
-        (n,) each: the samples in which a component exceeds Otsu's threshold. Ordered by how far they are from the rest,
-        in standard deviations, times the logarithm of how many times as frequent they are as in other classes.
+        (n,) each: the samples in which a component exceeds Otsu's threshold. Ordered by how many times as frequent they
+        are as in other classes.
     """
     from skimage.filters import threshold_otsu
 
@@ -63,9 +63,7 @@ def subgroups(features: np.ndarray, others: np.ndarray, seed: int, most: int) ->
                 continue
             exclusive = np.log((member.mean() + RARE) / ((sign * other > threshold).mean() + RARE))
             if exclusive >= EXCLUSIVE:
-                spread = np.sqrt((values[member].var() + values[~member].var()) / 2) + 1e-12
-                apart = (values[member].mean() - values[~member].mean()) / spread
-                found.append((float(apart * exclusive), member))
+                found.append((float(exclusive), member))
     found.sort(key=lambda each: -each[0])
     return [member for _, member in found[:most]]
 
