@@ -22,6 +22,7 @@ from spray.correction import Projected, Projection
 from spray.pipelines import recheck, rounds
 from spray.pipelines.config import SprayConfig
 from spray.pipelines.context import Context
+from spray.pipelines.isolated import load_findings
 
 CLASSES = ("coffee", "skin", "stone")
 STAGES = "stages=[train,attribute,analyze,rank,isolate,correct,verify]"
@@ -252,7 +253,12 @@ def test_a_projected_model_is_looked_at_and_corrected_again(world: World) -> Non
 
 
 @pytest.mark.slow
-def test_two_artifacts_are_found_and_corrected_one_after_the_other(tmp_path: Path) -> None:
+def test_two_artifacts_are_found_and_corrected_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In a round only the strongest is known, whatever else was proven.
+    for stage in ("correct", "verify", "rounds", "recheck"):
+        monkeypatch.setattr(f"spray.pipelines.{stage}.load_findings", lambda run_dir: load_findings(run_dir)[:1])
     scripts = Path(__file__).parent.parent / "scripts"
     said = small.run(
         "experiment=image_folder",
@@ -268,8 +274,7 @@ def test_two_artifacts_are_found_and_corrected_one_after_the_other(tmp_path: Pat
         f"model.factory={scripts / 'rank_data.py'}:grey",
         "model.epochs=10",
         "analysis.umap=false",
-        # Only one is looked at in a round.
-        "isolate.candidates=1",
+        "isolate.per_class=1",
         "isolate.latent=0",
         "isolate.n_tested=150",
         "correction.methods=[a_clarc]",
@@ -290,16 +295,15 @@ def test_two_artifacts_are_found_and_corrected_one_after_the_other(tmp_path: Pat
     seen = []
     for row in found["rounds"]:
         listed = json.loads((tmp_path / row["run_dir"] / "artifacts.json").read_text())["artifacts"]
-        proven = [each for each in listed if each["verdict"] in ("clever_hans", "backdoor")]
-        seen.append({each["class_index"] for each in proven})
-        for each in proven:
-            samples, planted = set(each["samples"]), true[each["class_index"]]
-            assert len(samples & planted) >= 0.8 * len(samples | planted)
-    assert seen[0] == {6}
-    assert 3 in seen[1]
-    assert found["final"]["round"] == 2
+        first = next(each for each in listed if each["verdict"] in ("clever_hans", "backdoor"))
+        seen.append(first["class_index"])
+        samples, planted = set(first["samples"]), true[first["class_index"]]
+        assert len(samples & planted) >= 0.9 * len(samples), "it is the planted one"
+    assert sorted(seen) == [3, 6]
+    assert (found["final"]["round"], [row["chosen"] for row in found["rounds"]]) == (2, ["a_clarc", "a_clarc"])
+    keys = ("plant", "plants[0]") if seen == [6, 3] else ("plants[0]", "plant")
     attacked = {
-        name: [found["models"][name]["planted"]["plants"][key]["attacked_accuracy"] for key in ("plant", "plants[0]")]
+        name: [found["models"][name]["planted"]["plants"][key]["attacked_accuracy"] for key in keys]
         for name in ("original", "a_clarc", "round_2")
     }
     assert max(attacked["original"]) < 0.2
