@@ -253,7 +253,7 @@ def test_features_that_memory_has_no_room_for_are_refused(stage: Stage, monkeypa
         ({"clusterings": ["kmean"]}, r"clusterings\[0\]: unknown clustering 'kmean' \(did you mean 'kmeans'"),
         ({"clusterings": []}, "clusterings=.. is empty"),
         ({"clusterings": ["kmeans", "kmeans"]}, "makes kmeans-02 twice"),
-        ({"clusterings": [{"kmeans": {"n_clusters": 3}}]}, "kmeans has no option 'n_clusters'; allowed: none"),
+        ({"clusterings": [{"kmeans": {"n_clusters": 3}}]}, "kmeans has no option 'n_clusters'; allowed: starts"),
         ({"clusterings": ["hdbscan", {"dbscan": -0.5}]}, r"clusterings\[1\]: dbscan.eps=-0.5 is out of range"),
         ({"clusterings": [{"dbscan": "wide"}]}, "dbscan.eps='wide' has the wrong type; it has to be float or null"),
         ({"clusterings": [{"hdbscan": 1}]}, "hdbscan.min_cluster_size=1 is out of range"),
