@@ -119,7 +119,13 @@ def _judge(candidates: list[Candidate]) -> None:
         candidate.p_value, candidate.removal_p_value = float(p_value), float(removal_p_value)
         candidate.bias = replace(candidate.bias, p_value=float(bias))
         candidate.verdict = verdict(
-            candidate.effect, candidate.artifact.constant, p_value, removal_p_value, candidate.bias, candidate.unusual
+            candidate.effect,
+            candidate.artifact.constant,
+            p_value,
+            removal_p_value,
+            candidate.bias,
+            candidate.unusual,
+            candidate.trials[0].accounts,
         )
         if not candidate.trials[0].explains and candidate.verdict != "sample_bias":
             candidate.verdict = "no_effect"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -332,3 +334,11 @@ def test_what_changed_the_whole_image_is_undone_and_compared_with_the_image_itse
     for result in results:
         assert result.removal_cost == pytest.approx(expected, rel=1e-4)
         assert result.removal_p_value < 1e-3
+
+
+def test_what_accounts_for_its_cluster_has_to_move_no_more_than_matters() -> None:
+    found = replace(effect(), flip_rate=0.07, control_flip_rate=0.01, logit_gain=1.0, removal_cost=1.0)
+    assert verdict(found, True, 0.001, 0.001) == "no_effect"
+    assert verdict(found, True, 0.001, 0.001, accounts=True) == "clever_hans"
+    assert verdict(replace(found, flip_rate=0.05), True, 0.001, 0.001, accounts=True) == "no_effect"
+    assert verdict(found, True, 0.001, 0.001, unusual=False, accounts=True) == "no_effect"

@@ -23,6 +23,10 @@ MIN_EFFECT = 0.1
 """Least difference of flip rate and control flip rate that counts as an effect; three times that where the
 samples do not share the content: parts of images of one kind move predictions too, without being an artifact."""
 
+ACCOUNTED = 0.05
+"""The same where the artifact accounts for its cluster: then it is no part of an ordinary image, and what is left to
+ask is whether the model relies on it by as much as matters."""
+
 TRIGGER = 0.5
 """Least flip rate of a backdoor: the artifact alone decides."""
 
@@ -311,6 +315,7 @@ def verdict(
     removal_p_value: float,
     bias: SampleBias | None = None,
     unusual: bool = True,
+    accounts: bool = False,
 ) -> str:
     """Say what a candidate is.
 
@@ -328,6 +333,8 @@ def verdict(
         Whether its samples are something that other classes have nothing like: they share the same piece of an image,
         or the ranking says so. A class consists of natural kinds of images, and what makes one of them (light, colour,
         ground) moves a model as an artifact does: effects alone can't tell them apart.
+    accounts : bool
+        Whether the artifact is all that tells its samples from the rest: see `spray.isolation.choice.Trial.accounts`.
 
     Returns
     -------
@@ -342,7 +349,7 @@ def verdict(
     if not unusual:
         return "no_effect"
     flips = effect.flip_rate - effect.control_flip_rate
-    enough = flips >= (MIN_EFFECT if constant else 3 * MIN_EFFECT)
+    enough = flips >= (ACCOUNTED if accounts else MIN_EFFECT if constant else 3 * MIN_EFFECT)
     if p_value < LEVEL and enough and effect.logit_gain > 0:
         if removal_p_value < LEVEL and effect.removal_cost > 0:
             return "clever_hans"
