@@ -15,7 +15,8 @@ def one_blas_thread() -> AbstractContextManager[object]:
 
 @lru_cache(maxsize=1)
 def _controller() -> ThreadpoolController:
-    # Looking for the libraries takes longer than embedding a few hundred samples; they're loaded by now.
+    # Looking for the libraries takes longer than embedding a few hundred samples, so that it is done once: these two
+    # bring the ones that count, which have to be loaded before.
     import numpy.linalg  # noqa: F401
     import scipy.linalg  # noqa: F401
 

@@ -175,14 +175,14 @@ def _listed(rows: Sequence[Recheck], most: int = 6) -> str:
 
 def why_rejected(artifact: Artifact) -> str:
     """Return why a candidate is no finding, from what the causal test measured; empty where that isn't known."""
-    rates = artifact.flip_rate, artifact.control_flip_rate
-    if artifact.p_value is None or None in rates:
+    rate, control = artifact.flip_rate, artifact.control_flip_rate
+    if artifact.p_value is None or rate is None or control is None:
         return ""
-    if artifact.p_value >= _LEVEL or rates[0] <= rates[1]:  # type: ignore[operator]
+    if artifact.p_value >= _LEVEL or rate <= control:
         return "moves predictions no more than its control"
     if artifact.unusual is False:
         return "its samples are an ordinary kind of image"
-    if rates[0] - rates[1] < _FEW:  # type: ignore[operator]
+    if rate - control < _FEW:
         return "moves few predictions more than its control"
     if (artifact.removal_p_value or 0.0) >= _LEVEL:
         return "moves predictions, but the class's own images do without it"
