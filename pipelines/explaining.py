@@ -121,6 +121,7 @@ class Explainer:
             self._predict,
             self.context.train.batch(null[:TRIED]),
             seed,
+            unusual,
         )
         if not trials:
             return None

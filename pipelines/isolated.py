@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -35,6 +35,8 @@ def load_artifact(path: Path) -> Artifact:
         types = get_type_hints(kind)
         values: dict[str, Any] = {}
         for field in fields(kind):
+            if field.name not in file and field.default is not MISSING:
+                continue  # written before there was such a field
             value = file[field.name]
             values[field.name] = torch.from_numpy(value) if types[field.name] is Tensor else value.item()
         return kind(**values)

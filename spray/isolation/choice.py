@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ ISOLATORS: dict[str, Isolator] = {
 
 CUT_OUT = 0.5
 """Handicap of cut-outs whose content varies: they take along what else is there, and explain nothing by themselves."""
+EFFECT = 0.5
+"""Most that its effect on the model adds to the evidence for an explanation."""
 GROUPS = 4
 """Natural groups of the rest of the class that a change of the whole image is compared with."""
 SIMPLER = 0.01
@@ -92,9 +94,9 @@ class Trial:
     apart, still_apart : float
         How well a classifier tells the cluster from the rest, and from the rest with the artifact added: see
         `told_apart`.
-    flip_rate, control_flip_rate : float
+    flip_rate, control_flip_rate : float, optional
         Shares of images of other classes that are predicted as the artifact's class once it is added, and once the
-        control is.
+        control is; None where another trial was better whatever they are.
     """
 
     isolator: str
@@ -104,8 +106,8 @@ class Trial:
     separation: float
     apart: float
     still_apart: float
-    flip_rate: float
-    control_flip_rate: float
+    flip_rate: float | None = None
+    control_flip_rate: float | None = None
 
     @property
     def explains(self) -> bool:
@@ -134,9 +136,15 @@ class Trial:
     @property
     def evidence(self) -> float:
         """What trials are compared by."""
-        effect = self.flip_rate - 0.5 * self.control_flip_rate
+        effect = (self.flip_rate or 0.0) - 0.5 * (self.control_flip_rate or 0.0)
         handicap = 0.0 if self.artifact.constant else CUT_OUT
-        return self.likeness + 0.5 * (self.explained + effect + 2 * self.separation - 1) - 0.25 * self.left - handicap
+        return (
+            self.likeness
+            + 0.5 * (self.explained + 2 * self.separation - 1)
+            + EFFECT * effect
+            - 0.25 * self.left
+            - handicap
+        )
 
 
 def tried(
@@ -147,6 +155,7 @@ def tried(
     predict: Predictor,
     others: Tensor,
     seed: int,
+    unusual: bool = True,
 ) -> list[Trial]:
     """Try isolators on half of the samples, and gather the evidence on the other half.
 
@@ -166,6 +175,9 @@ def tried(
         (m, C, H, W): images of other classes, none of those that the proof is made with.
     seed : int
         Draws variants and donors.
+    unusual : bool
+        Whether the ranking finds the cluster unusual. If not, and no explanation shows that it is, there won't be a
+        verdict, and no effects are measured.
 
     Returns
     -------
@@ -191,8 +203,6 @@ def tried(
         like = (float(np.median(likeness(seen))) - usual) / unit
         left = _distance(second.images, added) / max(_distance(second.images, rest), 1e-9)
         apart = separation(artifact.score(second.images), artifact.score(rest))
-        marked, control = artifact.insert(others, other_draws), artifact.insert(others, other_draws, donors)
-        rates = [float((predict(images).argmax(dim=1) == target).float().mean()) for images in (marked, control)]
         trials.append(
             Trial(
                 name,
@@ -202,12 +212,33 @@ def tried(
                 separation=apart,
                 apart=before,
                 still_apart=told_apart(inside, seen, seed),
-                flip_rate=rates[0],
-                control_flip_rate=rates[1],
             )
         )
-    order = list(ISOLATORS)
-    return sorted(trials, key=lambda trial: SIMPLER * order.index(trial.isolator) - trial.evidence)
+
+    def effect(trial: Trial) -> Trial:
+        added = (trial.artifact.insert(others, other_draws, content) for content in (None, donors))
+        rates = [float((predict(images).argmax(dim=1) == target).float().mean()) for images in added]
+        return replace(trial, flip_rate=rates[0], control_flip_rate=rates[1])
+
+    if unusual or any(trial.unnatural for trial in trials):
+        return _ordered(trials, effect)
+    return sorted(trials, key=_value, reverse=True)
+
+
+def _value(trial: Trial) -> float:
+    return trial.evidence - SIMPLER * list(ISOLATORS).index(trial.isolator)
+
+
+def _ordered(trials: Sequence[Trial], effect: Callable[[Trial], Trial]) -> list[Trial]:
+    """Return trials, the best first, with their effects where these can decide which is the best.
+
+    On a large network predictions cost more than all else; what effects add to the evidence is at most `EFFECT`.
+    """
+    known: list[Trial] = []
+    left = sorted(trials, key=_value, reverse=True)
+    while left and (not known or _value(left[0]) + EFFECT >= max(map(_value, known))):
+        known.append(effect(left.pop(0)))
+    return sorted(known, key=_value, reverse=True) + left
 
 
 def refitted(trial: Trial, evidence: Evidence) -> Artifact:

@@ -23,6 +23,11 @@ TOLERANCES = (0.001, 0.004, 0.015)
 """By how much, in a channel, pixels of one colour may differ; a matte falls to 0 at three times that."""
 AT_ONCE = 32
 """Images whose pixels are compared with each other at once."""
+ENCLOSED = 1.0
+"""Largest area that pixels of one colour may enclose and still be one thing with it, as a share of their own ..."""
+ALWAYS = 0.3
+"""... and how much its mean colour may vary, as a share of how much it would in the rest: the letters on a sticker are
+always the same, what a frame surrounds is not."""
 LEVELS = 16
 """Levels of each channel that colours are counted by."""
 
@@ -48,7 +53,8 @@ class Donated(Artifact):
 class Colored(Donated):
     """An artifact whose pixels have one colour: always the same (`color`, (C,)) or, NaN, another one in each sample.
 
-    `weights` (H, W) say how much more often the cluster's images have such a pixel than the rest's.
+    `weights` (H, W) say how much more often the cluster's images have such a pixel than the rest's; `whole`, whether
+    what they enclose is a part of it.
     """
 
     kind: ClassVar[str] = "colored"
@@ -57,10 +63,12 @@ class Colored(Donated):
     weights: Tensor
     tolerance: float
     zero: float
+    whole: bool = False
 
     def found(self, images: Tensor) -> Tensor:
         """Return each image's matte (n, 1, H, W)."""
-        return self._matte(images)[:, None]
+        mattes = self._matte(images)
+        return (with_enclosed(mattes) if self.whole else mattes)[:, None]
 
     def score(self, images: Tensor) -> Tensor:
         """Return how much of the artifact's shape an image has, (n,): typically 1 in the cluster and 0 in the rest."""
@@ -90,6 +98,37 @@ def closed(masks: Tensor, radius: int) -> Tensor:
     wide = nn.functional.pad(masks, (radius,) * 4)
     grown = nn.functional.max_pool2d(wide, side, stride=1, padding=radius)
     return -nn.functional.max_pool2d(-grown, side, stride=1)
+
+
+def with_enclosed(mattes: Tensor) -> Tensor:
+    """Return mattes (n, H, W) that are 1 as well where they enclose something, unless it is larger than they are.
+
+    A gap of a pixel in what encloses it does not matter: compression blurs edges.
+    """
+    whole = []
+    for matte in mattes:
+        own = matte.cpu().numpy() > 0.5
+        closing = ndimage.binary_closing(np.pad(own, 1, mode="edge"), np.ones((3, 3)))[1:-1, 1:-1]
+        inside = ndimage.binary_fill_holes(own | closing) & ~own
+        small = 0 < inside.sum() <= ENCLOSED * own.sum()
+        whole.append(torch.where(torch.from_numpy(inside).to(matte.device), 1.0, matte) if small else matte)
+    return torch.stack(whole) if whole else mattes
+
+
+def _with_constant(mattes: Tensor, images: Tensor, others: Tensor) -> tuple[Tensor, bool]:
+    """Return the donors' mattes (n, H, W) with what they enclose if it is always the same, and whether it is."""
+    whole = with_enclosed(mattes)
+    holes = (whole - mattes).clamp_min(0)
+    area = holes.sum(dim=(1, 2))
+    having = area > 0
+    if having.sum() < max(2, len(mattes) / 2):
+        return mattes, False
+    elsewhere = others[torch.arange(len(images)) % len(others)]
+    own, usual = (
+        (((holes[:, None] * part).sum(dim=(2, 3)) / area[:, None])[having]).std(dim=0).mean()
+        for part in (images, elsewhere)
+    )
+    return (whole, True) if bool(own < ALWAYS * usual) else (mattes, False)
 
 
 def one_color(images: Tensor, weights: Tensor, color: Tensor, tolerance: float) -> Tensor:
@@ -179,13 +218,14 @@ def _colored(evidence: Evidence, weights: Tensor, color: Tensor, tolerance: floa
     donors = (own >= zero + 0.5 * unit).nonzero()[:DONORS, 0]
     if unit <= 1e-6 or not len(donors):
         return None
-    shown = mattes[donors][:, None]
+    kept, whole = _with_constant(mattes[donors], inside[donors], outside)
+    shown = kept[:, None]
     pattern = (shown * inside[donors]).sum(dim=0) / shown.sum(dim=0).clamp_min(1e-3)
     fill = (shown * inside[donors]).sum(dim=(0, 2, 3)) / shown.sum(dim=(0, 2, 3))
     pattern = torch.where(shown.sum(dim=0) > 0, pattern, fill[:, None, None]).clamp(0, 1)
     zeros = torch.zeros(1, 2, dtype=torch.int64)
-    parts = (pattern, zeros, unit, 1, True, inside[donors].half(), mattes[donors].half())
-    return Colored(mattes[donors].mean(dim=0), *parts, color, weights, tolerance, zero)
+    parts = (pattern, zeros, unit, 1, True, inside[donors].half(), kept.half())
+    return Colored(kept.mean(dim=0), *parts, color, weights, tolerance, zero, whole)
 
 
 def _common_color(inside: Tensor, outside: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ DIRECTIONS = 30
 """Most principal components that a classifier sees; their squares as well, for what differs in spread alone."""
 PER_DIRECTION = 5
 """Least samples for each of them."""
-FEWEST = 6
+FEWEST = 8
 """Fewest samples of a set."""
 PENALTY = 0.05
 """Ridge of the classifier, on standardised features."""
