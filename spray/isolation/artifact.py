@@ -58,6 +58,11 @@ class Artifact:
         inside = self.mask[self.mask > 0.05]
         return float(inside.quantile(0.9)) if len(inside) else 0.0
 
+    @property
+    def replaced(self) -> float:
+        """How much of an image it takes the place of: its opacity, on average over all pixels."""
+        return float(self.mask.mean())
+
     def found(self, images: Tensor) -> Tensor:
         """Return the mask (n, 1, H, W) at the place where each image (n, C, H, W) matches the pattern best."""
         return self._moved(-self._match(images)[1])

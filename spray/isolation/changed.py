@@ -61,6 +61,11 @@ class Changed(Artifact):
         """The share of the image that is replaced: 1 - a."""
         return float((1 - self.gain).mean().clamp(0, 1))
 
+    @property
+    def replaced(self) -> float:
+        """As much as it is opaque, everywhere."""
+        return self.opacity
+
     def region(self, images: Tensor) -> Tensor:
         """Return where images are changed, and how strongly, (n, 1, H, W)."""
         return images.new_ones(len(images), 1, *images.shape[2:])

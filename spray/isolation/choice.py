@@ -72,6 +72,9 @@ ALIKE = 0.65
 
 Natural kinds of images differ in more than one thing: whatever is added to the others, they can still be told apart.
 """
+REPLACED = 0.55
+"""Most of an image that an artifact may take the place of and still be one: more, and it is another image. All images
+become like a group of flat ones if they are blended with its colour enough."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,9 @@ class Trial:
     @property
     def accounts(self) -> bool:
         """Whether the artifact, always the same, is all that tells the cluster's samples from the rest."""
-        return self.artifact.constant and self.apart >= APART and self.left <= ALIKE
+        return (
+            self.artifact.constant and self.apart >= APART and self.left <= ALIKE and self.artifact.replaced <= REPLACED
+        )
 
     @property
     def unnatural(self) -> bool:
