@@ -3,52 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spray.data.planting import Plant
-from spray.isolation import choice
-from spray.isolation.artifact import Artifact
 from spray.isolation.blended import isolate_blended, isolate_shade, isolate_veil
-from spray.isolation.changed import Background, Changed, isolate_background, isolate_change, isolate_faded, smoothed
-from spray.isolation.choice import ISOLATORS, Trial, natural_changes, separation, tried
+from spray.isolation.changed import Background, isolate_background, isolate_change, isolate_faded, smoothed
+from spray.isolation.choice import separation
 from spray.isolation.evidence import Evidence
 from spray.isolation.matted import Colored, closed, isolate_colored, isolate_donated, isolate_uncolored
 from spray.isolation.scattered import isolate_scattered, peaks, windows
-from spray.isolation.statistics import BANDS, discriminant, radial_power, statistics
-from spray.pipelines.isolated import load_artifact, save_artifact
-
-SIDE = 32
-N, REST = 80, 160
-
-
-def scenes(n: int, seed: int) -> Tensor:
-    """Smooth random pictures with fine structure, quantised as images are."""
-    rng = np.random.default_rng(seed)
-    sizes = ((4, 0.4), (12, 0.3), (SIDE, 0.3))
-    parts = [(torch.from_numpy(rng.random((n, 3, side, side))).float(), weight) for side, weight in sizes]
-    grown = [w * nn.functional.interpolate(part, size=(SIDE, SIDE), mode="bilinear") for part, w in parts]
-    return (sum(grown) * 255).round() / 255
-
-
-class World:
-    """A cluster that carries a planted artifact, with heatmaps that show it, and the rest of its class."""
-
-    def __init__(self, **options: object) -> None:
-        self.plant = Plant.from_config({"class": 0} | options, ("a", "b"), (3, SIDE, SIDE))
-        self.clean = scenes(N, 1)
-        self.images, self.opacity = self.plant.mark(self.clean, [f"{i}" for i in range(N)])
-        self.other = scenes(REST, 2)
-        noise = [
-            torch.from_numpy(np.random.default_rng(s).normal(0.05, 0.1, (n, SIDE, SIDE))).float()
-            for s, n in ((3, N), (4, REST))
-        ]
-        seen = self.opacity if self.plant.kind not in ("brightness", "tint", "noise", "blur") else 0 * self.opacity
-        self.evidence = Evidence(self.images, noise[0] + seen, self.other, noise[1])
+from spray.isolation.statistics import BANDS, radial_power
+from tests.worlds import REST, SIDE, N, World, scenes
 
 
 def overlap(found: Tensor, truth: Tensor) -> Tensor:
@@ -114,12 +82,23 @@ def test_noise_is_measured_and_each_draw_has_its_own() -> None:
     world = World(kind="noise", strength=0.4)
     change = isolate_change(world.evidence)
     assert change is not None
+    assert change.even
     # Evenly distributed noise of 0.4 of the range has the standard deviation 0.4 / √12.
     assert change.noise == pytest.approx(0.4 / np.sqrt(12), rel=0.25)
     same = world.other[:1].expand(2, -1, -1, -1)
     first, second = change.insert(same, np.array([1, 2]))
     assert (first - second).abs().mean() > 0.02
     assert torch.equal(change.insert(same, np.array([1, 2]))[0], first)
+
+
+def test_normally_distributed_noise_is_told_from_evenly_distributed() -> None:
+    world = World(kind="noise", strength=0.4)
+    noise = torch.randn(world.clean.shape, generator=torch.Generator().manual_seed(0))
+    images = (0.6 * world.clean + 0.2 + 0.4 / np.sqrt(12) * noise).clamp(0, 1)
+    change = isolate_change(Evidence(images, world.evidence.relevance, world.other, world.evidence.other_relevance))
+    assert change is not None
+    assert change.noise == pytest.approx(0.4 / np.sqrt(12), rel=0.25)
+    assert not change.even
 
 
 @pytest.mark.parametrize("sigma", [1.0, 1.5])
@@ -193,6 +172,35 @@ def test_shapes_of_one_colour_are_found_in_each_image(kind: str) -> None:
     assert separation(found.score(world.images), found.score(world.other)) > 0.98
 
 
+def letters(n: int) -> Tensor:
+    """A plate of (h, w) = (10, 16) for each of n samples with an H and an O cut out."""
+    plate = torch.ones(10, 16)
+    plate[2:8, 3] = plate[2:8, 6] = plate[4, 3:7] = 0
+    plate[2:8, 9] = plate[2:8, 13] = plate[2, 9:14] = plate[7, 9:14] = 0
+    return plate.expand(n, -1, -1)
+
+
+@pytest.mark.parametrize("white", [True, False])
+def test_what_a_plate_encloses_belongs_to_it_where_it_is_always_the_same(white: bool) -> None:
+    world = World(kind="tag")
+    images = scenes(N, 1)
+    places = [(8 + i % 3, 7 + i % 2) for i in range(N)]
+    maps, truth = torch.zeros(N, SIDE, SIDE), torch.zeros(N, SIDE, SIDE)
+    red = torch.tensor([0.8, 0.1, 0.1])[:, None, None]
+    for image, heat, whole, plate, (y, x) in zip(images, maps, truth, letters(N), places, strict=True):
+        part = image[:, y : y + 10, x : x + 16]
+        part.copy_(plate * red + (1 - plate) * (torch.ones(3, 1, 1) if white else part.clone()))
+        heat[y : y + 10, x : x + 16] = 1
+        whole[y : y + 10, x : x + 16] = 1 if white else plate
+    found = isolate_colored(Evidence(images, maps, world.other, world.evidence.other_relevance))
+    assert found is not None
+    assert found.whole is white
+    assert overlap(found.found(images)[:, 0], truth).mean() > 0.97
+    added = found.insert(torch.zeros(8, 3, SIDE, SIDE), np.arange(8))
+    expected = 10 * 16 if white else int(letters(1).sum())
+    assert int((added.sum(dim=1) > 0.5).flatten(1).sum(dim=1).float().median()) == pytest.approx(expected, rel=0.03)
+
+
 def test_text_of_a_colour_of_its_own_in_each_image() -> None:
     world = World(kind="timestamp", size=6, jitter=1)
     found = isolate_uncolored(world.evidence)
@@ -238,46 +246,6 @@ def test_content_that_always_differs_has_donors() -> None:
     assert ((mask > 0) & (mask < 1)).any()
 
 
-KINDS = {
-    "tag": ({"kind": "tag"}, {"local"}),
-    "frame": ({"kind": "frame", "size": 3, "jitter": 1}, {"colored"}),
-    "watermark": ({"kind": "watermark"}, {"blended"}),
-    "vignette": ({"kind": "vignette"}, {"shade"}),
-    "brightness": ({"kind": "brightness"}, {"faded", "change"}),
-    "tint": ({"kind": "tint"}, {"change", "veil", "faded"}),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_right_explanation_wins_and_survives_the_disk(kind: str, tmp_path: Path) -> None:
-    options, expected = KINDS[kind]
-    world = World(**options)
-    marked = statistics(world.images)
-    w, b = discriminant(marked, statistics(world.other))
-
-    def predict(images: Tensor) -> Tensor:
-        score = statistics(images) @ w + b
-        return torch.stack([0.5 - score, score - 0.5], dim=1)
-
-    weights = w.numpy()
-    trials = tried(
-        world.evidence, 1, lambda x: statistics(x).numpy(), lambda f: f @ weights + b, predict, scenes(40, 8), 0
-    )
-    assert trials[0].isolator in expected
-    artifact = trials[0].artifact
-    save_artifact(tmp_path / "artifact.npz", artifact)
-    again = load_artifact(tmp_path / "artifact.npz")
-    assert type(again) is type(artifact)
-    some = scenes(6, 7)
-    assert torch.equal(again.insert(some, np.arange(6)), artifact.insert(some, np.arange(6)))
-    assert torch.equal(again.score(some), artifact.score(some))
-    changed, opacity = again.add(some, np.arange(6))
-    assert torch.equal(changed, again.insert(some, np.arange(6)))
-    assert opacity.shape == (6, 1, SIDE, SIDE)
-    assert ((changed == some).all(dim=1, keepdim=True) | (opacity > 0)).all()
-    assert 0 <= changed.min() <= changed.max() <= 1
-
-
 def test_controls_change_images_by_as_much() -> None:
     change = isolate_change(World(kind="tint").evidence)
     assert change is not None
@@ -292,54 +260,12 @@ def test_controls_change_images_by_as_much() -> None:
     assert ((control - some) * (mean - some)).min() >= -1e-6
 
 
-def test_natural_changes_are_those_of_groups_of_the_rest() -> None:
-    world = World(kind="brightness")
-    rest = world.other.clone()
-    rest[::2] = 0.5 * rest[::2]
-    evidence = Evidence(world.images, world.evidence.relevance, rest, world.evidence.other_relevance)
-    change = isolate_change(evidence)
-    assert change is not None
-    trial = Trial("change", change, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.1)
-    found = natural_changes(trial, evidence, 0)
-    assert found
-    assert any(float(c.gain.mean()) < 0.8 for c in found if isinstance(c, Changed))
-    local = Trial(
-        "local",
-        Artifact(torch.ones(2, 2), torch.ones(3, 2, 2), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True),
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-        0.5,
-        0.5,
-        0.1,
-    )
-    assert natural_changes(local, evidence, 0) == []
-
-
 def test_smoothing_is_scipys() -> None:
     from scipy.ndimage import gaussian_filter
 
     image = scenes(1, 0)
     expected = gaussian_filter(image[0, 1].numpy(), 1.3, mode="mirror", radius=4)
     np.testing.assert_allclose(smoothed(image, 1.3)[0, 1].numpy(), expected, atol=1e-5)
-
-
-def test_isolators_are_in_order_of_simplicity() -> None:
-    assert next(iter(ISOLATORS)) == "local"
-    assert list(ISOLATORS)[-1] == "donated"
-    assert choice.separation(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])) == pytest.approx(0.875)
-
-
-@pytest.mark.parametrize(
-    ("isolator", "likeness", "still", "expected"),
-    [("change", 0.7, 0.9, False), ("change", 0.9, 0.9, True), ("change", 0.7, 0.6, True), ("local", 0.3, 0.9, True)],
-)
-def test_a_change_of_the_whole_image_has_to_make_the_rest_look_like_the_cluster(
-    isolator: str, likeness: float, still: float, expected: bool
-) -> None:
-    some = Artifact(torch.ones(2, 2), torch.ones(3, 2, 2), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
-    assert Trial(isolator, some, likeness, 1.0, 1.0, 1.0, still, 0.9, 0.1).explains is expected
 
 
 def test_closing_is_scipys() -> None:
@@ -361,17 +287,3 @@ def test_the_control_of_a_shape_in_any_colour_does_not_have_that_shape() -> None
         some = Colored(mattes[0], torch.zeros(3, SIDE, SIDE), *parts, torch.tensor(color), mattes[0], 0.01, 0.0)
         changed = some.insert(torch.zeros(1, 3, SIDE, SIDE), np.array([0]), torch.ones(1, 3, SIDE, SIDE))
         assert int((changed[0, 0, 8] > 0.5).sum()) == columns
-
-
-@pytest.mark.parametrize(
-    ("isolator", "before", "after", "expected"),
-    [
-        *(("local", 0.95, 0.6, True), ("local", 0.95, 0.95, False), ("local", 0.7, 0.7, True)),
-        *(("shade", 0.95, 0.6, True), ("shade", 0.95, 0.85, False), ("shade", 0.7, 0.5, False)),
-    ],
-)
-def test_natural_kinds_are_told_from_artifacts_by_what_is_left(
-    isolator: str, before: float, after: float, expected: bool
-) -> None:
-    some = Artifact(torch.ones(2, 2), torch.ones(3, 2, 2), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
-    assert Trial(isolator, some, 1.0, 1.0, 1.0, before, after, 0.9, 0.1).unnatural is expected
