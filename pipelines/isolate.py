@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from spray.isolation.causal import holm, verdict
+from spray.isolation.choice import WHOLE
 from spray.pipelines.clusters import jaccard, ranked_clusters
 from spray.pipelines.context import Context
 from spray.pipelines.explaining import Candidate, Explainer, trial_row
@@ -126,6 +127,7 @@ def _judge(candidates: list[Candidate]) -> None:
             candidate.bias,
             candidate.unusual,
             candidate.trials[0].accounts,
+            candidate.trials[0].isolator not in WHOLE,
         )
         if not candidate.trials[0].explains and candidate.verdict != "sample_bias":
             candidate.verdict = "no_effect"

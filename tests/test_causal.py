@@ -336,6 +336,13 @@ def test_what_changed_the_whole_image_is_undone_and_compared_with_the_image_itse
         assert result.removal_p_value < 1e-3
 
 
+def test_a_change_of_the_whole_image_that_its_own_samples_do_without_is_no_backdoor() -> None:
+    found = Effect(0.8, 0.1, 2.0, 0.001, 0.0, 0.5, 100)
+    assert verdict(found, True, 0.001, 0.5) == "backdoor"
+    assert verdict(found, True, 0.001, 0.5, trigger=False) == "no_effect"
+    assert verdict(replace(found, removal_cost=1.0), True, 0.001, 0.001, trigger=False) == "clever_hans"
+
+
 def test_what_accounts_for_its_cluster_has_to_move_no_more_than_matters() -> None:
     found = replace(effect(), flip_rate=0.07, control_flip_rate=0.01, logit_gain=1.0, removal_cost=1.0)
     assert verdict(found, True, 0.001, 0.001) == "no_effect"

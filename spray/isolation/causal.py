@@ -316,6 +316,7 @@ def verdict(
     bias: SampleBias | None = None,
     unusual: bool = True,
     accounts: bool = False,
+    trigger: bool = True,
 ) -> str:
     """Say what a candidate is.
 
@@ -335,6 +336,9 @@ def verdict(
         ground) moves a model as an artifact does: effects alone can't tell them apart.
     accounts : bool
         Whether the artifact is all that tells its samples from the rest: see `spray.isolation.choice.Trial.accounts`.
+    trigger : bool
+        Whether it can be a backdoor's: something of its own, not a change of the whole image, which is in as many
+        images as there is light of some kind, and undone without a trace; if that costs nothing, it was nothing.
 
     Returns
     -------
@@ -353,7 +357,7 @@ def verdict(
     if p_value < LEVEL and enough and effect.logit_gain > 0:
         if removal_p_value < LEVEL and effect.removal_cost > 0:
             return "clever_hans"
-        if effect.flip_rate >= TRIGGER:
+        if trigger and effect.flip_rate >= TRIGGER:
             return "backdoor"
     if bias is not None and bias.separation >= APART and bias.p_value < LEVEL:
         return "sample_bias" if bias.rest_accuracy - bias.accuracy >= WORSE else "no_effect"

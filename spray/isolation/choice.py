@@ -18,7 +18,7 @@ from spray.isolation.evidence import Evidence
 from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
 from spray.isolation.scattered import isolate_scattered
 from spray.isolation.statistics import statistics
-from spray.isolation.two_samples import told_apart
+from spray.isolation.two_samples import area, told_apart
 
 Isolator = Callable[[Evidence], Artifact | None]
 """Explains what a cluster has and the rest of its class has not; None where it can't."""
@@ -285,6 +285,5 @@ def _distance(images: Tensor, others: Tensor) -> float:
 
 
 def separation(inside: Tensor, outside: Tensor) -> float:
-    """Return how often one value is larger than another: the area under the receiver's operating characteristic."""
-    larger, equal = inside[:, None] > outside, inside[:, None] == outside
-    return float(larger.float().mean() + 0.5 * equal.float().mean())
+    """Return the `area` under the curve of two sets of values, (n,) and (m,)."""
+    return area(inside.numpy(), outside.numpy())

@@ -47,7 +47,14 @@ def told_apart(first: np.ndarray, second: np.ndarray, seed: int) -> float:
         used = fold != k
         scores[~used] = _classified(rows[used], labels[used], rows[~used])
     # Folds are compared within themselves: each has a classifier, and a scale, of its own.
-    return float(np.mean([_area(scores[fold == k], labels[fold == k]) for k in range(folds)]))
+    parts = [(scores[(fold == k) & labels], scores[(fold == k) & ~labels]) for k in range(folds)]
+    return float(np.mean([area(inside, outside) for inside, outside in parts]))
+
+
+def area(inside: np.ndarray, outside: np.ndarray) -> float:
+    """Return how often a value inside is larger than one outside: the area under the ROC curve; half counts a tie."""
+    larger, equal = inside[:, None] > outside, inside[:, None] == outside
+    return float(larger.mean() + 0.5 * equal.mean())
 
 
 def _classified(rows: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -71,8 +78,3 @@ def _classified(rows: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.nda
     a = (x - mean) * np.sqrt(weight)[:, None]
     w = np.linalg.solve(a.T @ a + PENALTY * np.eye(x.shape[1]), a.T @ ((y - level) * np.sqrt(weight)))
     return np.asarray((seen(outside) - mean) @ w)
-
-
-def _area(scores: np.ndarray, labels: np.ndarray) -> float:
-    inside, outside = scores[labels][:, None], scores[~labels]
-    return float((inside > outside).mean() + 0.5 * (inside == outside).mean())

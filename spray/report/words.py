@@ -66,7 +66,7 @@ _MEANINGS = {
     "sample_bias": "Some kind of sample is missing or over-represented in the training data of this class.",
     "no_effect": "The candidate did not pass the causal test.",
 }
-_LEVEL, _FEW = 0.01, 0.1
+_LEVEL, _FEW = 0.01, 0.05
 """From these p-values on an effect may be chance, and below this difference of rates it is small, as in the test."""
 
 PROVENANCE = {
