@@ -14,10 +14,10 @@ from torch import Tensor
 from spray.correction.layers import candidates
 from spray.figures import fitted
 from spray.isolation.artifact import Artifact
-from spray.isolation.causal import Effect, SampleBias, measure_effect, sample_bias
+from spray.isolation.causal import Effect, SampleBias, measure_effect, sample_bias, shows
 from spray.isolation.choice import Trial, natural_changes, refitted, tried
 from spray.isolation.evidence import Evidence
-from spray.isolation.growing import FEWEST, FREE, Scorer, grow, inner_features
+from spray.isolation.growing import FEWEST, FREE, Scorer, grow, inner_features, recognize
 from spray.isolation.statistics import statistics
 from spray.isolation.subgroups import subgroups
 from spray.pipelines.context import Context
@@ -30,6 +30,8 @@ NULL = 600
 """Training images of other classes that scores are fitted against."""
 TRIED = 150
 """Training images of other classes that explanations are tried on; the proof is made on others."""
+ADDED = 250
+"""Samples without an artifact that it is added to, to learn how to recognize it."""
 GROWN = 3000
 """Most samples of a class that a cluster is grown among; all get their score in the end."""
 FEATURES = 4096
@@ -126,15 +128,8 @@ class Explainer:
         if not trials:
             return None
         artifact = refitted(trials[0], evidence)
-        pairs, null_pairs = (
-            np.stack([own, match], axis=1)
-            for own, match in (
-                (scores, self._matches(artifact, of_class)),
-                (first(null_features), self._matches(artifact, null)),
-            )
-        )
-        second, scores, grown = grow(pairs, carries, null_pairs, seed, FREE)
-        carries = _sensible(grown, carries)
+        first, second, scores = self._recognized(artifact, first, scores, carries, of_class, features, c)
+        carries = _sensible(scores > second.threshold, carries)
         test, others = self.context.test, np.flatnonzero(self.context.test.labels != c)
         effect = measure_effect(
             self._predict,
@@ -150,6 +145,43 @@ class Explainer:
         bias = sample_bias(scores, carries, right)
         unusual = unusual or trials[0].unnatural
         return Candidate(c, cluster, artifact, of_class[carries], own, first, second, trials, effect, bias, unusual)
+
+    def _recognized(
+        self,
+        artifact: Artifact,
+        first: Scorer,
+        scores: np.ndarray,
+        carries: np.ndarray,
+        of_class: np.ndarray,
+        features: np.ndarray,
+        c: int,
+    ) -> tuple[Scorer, Scorer, np.ndarray]:
+        """Return what recognizes an artifact: a score of features, one of that and of the match, and its value.
+
+        Learnt from images that it is added to; from the cluster itself where it can't be added, having no content.
+        """
+        seed = self.context.config.seed
+        null, null_features = self._others(c)
+        matches, null_matches = (self._matches(artifact, indices) for indices in (of_class, null))
+        if not shows(artifact):
+            pairs = np.stack([scores, matches], axis=1)
+            null_pairs = np.stack([first(null_features), null_matches], axis=1)
+            second, scores, _ = grow(pairs, carries, null_pairs, seed, FREE)
+            return first, second, scores
+        rng = np.random.default_rng([seed, c, 12])
+        origin = _some(np.flatnonzero(~carries), ADDED, rng)
+        pixels = artifact.insert(self.context.train.batch(of_class[origin]), rng.integers(0, 2**31, len(origin)))
+        first, scores, added = recognize(features, carries, self.features(pixels), origin, null_features, seed)
+        second, scores, _ = recognize(
+            np.stack([scores, matches], axis=1),
+            carries,
+            np.stack([added, _match(artifact, pixels)], axis=1),
+            origin,
+            np.stack([first(null_features), null_matches], axis=1),
+            seed,
+            FREE,
+        )
+        return first, second, scores
 
     def groups(self, c: int, most: int) -> list[np.ndarray]:
         """Return groups of a class's samples that the model's inner activations show, see `subgroups`."""

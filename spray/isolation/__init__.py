@@ -1,4 +1,7 @@
-"""From a cluster of heatmaps to the artifact that made it, and the causal test of its effect."""
+"""From a cluster of heatmaps to the artifact that made it, and the causal test of its effect.
+
+.. include:: guide.md
+"""
 
 from spray.isolation.candidate import Artifact, isolate
 from spray.isolation.causal import Effect, measure_effect, verdict

@@ -162,9 +162,7 @@ def measure_effect(
     def add(content: Tensor | None) -> Tensor:
         return predict(artifact.insert(others, draws, content))
 
-    # Where the samples share the place but not the content, a median of it is nothing that any of them shows.
-    shows = artifact.constant or isinstance(artifact, Donated)
-    added = add(None if shows else content_of(carriers))
+    added = add(None if shows(artifact) else content_of(carriers))
     if controls:
         parts = torch.empty_like(others)
         for number, change in enumerate(controls):
@@ -183,7 +181,7 @@ def measure_effect(
     gains = (margin(added, target) - margin(control, target)).float()
     differences = flips.float() - control_flips.float()
     moved = None
-    if artifact.bound_to_a_place and shows:
+    if artifact.bound_to_a_place and shows(artifact):
         mask, pattern = artifact.placed(draws)
         both = elsewhere(torch.cat([mask, pattern], dim=1), seed)
         moved = predict(others + both[:, :1] * (both[:, 1:] - others)).argmax(dim=1) == target
@@ -203,6 +201,14 @@ def measure_effect(
         elsewhere_flip_rate=None if moved is None else float(moved.float().mean()),
         removal_cost_elsewhere=_cost_elsewhere(predict, artifact, target, carriers, typical, seed),
     )
+
+
+def shows(artifact: Artifact) -> bool:
+    """Return whether an artifact has content to add.
+
+    Where its samples share the place but not the content, a median of it is nothing that any of them shows.
+    """
+    return artifact.constant or isinstance(artifact, Donated)
 
 
 def _removal_control(

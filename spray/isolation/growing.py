@@ -22,6 +22,12 @@ MOST = 0.8
 """Largest share of a class that carries an artifact: more, and there is no rest to compare it with."""
 FREE = 1e-3
 """Penalty on the squared weights of few features that are scores themselves."""
+FARTHEST = 8.0
+"""Most standard deviations by which a feature of a sample with an artifact added may be off: no network saw such."""
+SHARES = (0.02, 0.6)
+"""Least and largest share of a class that carries an artifact at first."""
+STEPS = 100
+"""Of expectation maximization."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,9 @@ def grow(
     carries : ndarray of bool
         (n,): which of them carry it.
     """
-    from sklearn.covariance import ledoit_wolf_shrinkage
-
     center, spread = features.mean(axis=0), features.std(axis=0) + 1e-6
     x, others = ((part - center) / spread for part in (features, null))
-    if penalty is None:
-        shrinkage = min(float(ledoit_wolf_shrinkage(np.concatenate([x, others]))), 0.99)
-        penalty = shrinkage / (1 - shrinkage)
+    penalty = _shrinkage(x, others) if penalty is None else penalty
     folds = np.random.default_rng([seed, 11]).permutation(len(x)) % FOLDS
     scores = np.zeros(len(x))
     for _ in range(ROUNDS):
@@ -103,6 +105,111 @@ def grow(
     scorer = Scorer(w / spread / unit, float((b - (w / spread) @ center - low) / unit), float((threshold - low) / unit))
     scores = (scores - low) / unit
     return scorer, scores, scores > scorer.threshold
+
+
+def recognize(
+    features: np.ndarray,
+    carries: np.ndarray,
+    added: np.ndarray,
+    origin: np.ndarray,
+    null: np.ndarray,
+    seed: int,
+    penalty: float | None = None,
+) -> tuple[Scorer, np.ndarray, np.ndarray]:
+    """Learn to recognize an isolated artifact from samples that it was added to.
+
+    They differ from what they were made of in the artifact alone, so that a classifier of the two learns nothing else,
+    as it does from the cluster, whose samples may have more in common. Every sample, and what was made of it, is judged
+    by a fit without them.
+
+    Parameters
+    ----------
+    features : ndarray
+        (n, d), of a class's samples.
+    carries : ndarray of bool
+        (n,): which of them are thought to carry the artifact; they are not fitted on.
+    added : ndarray
+        (m, d): of samples with the artifact added.
+    origin : ndarray of int
+        (m,): which of the n they were made of.
+    null : ndarray
+        (k, d), of samples of other classes.
+    seed, penalty
+        As of `grow`.
+
+    Returns
+    -------
+    scorer : Scorer
+        Fitted on all, with the threshold of `boundary`.
+    scores : ndarray
+        (n,), typically 1 with the artifact, 0 without.
+    added_scores : ndarray
+        (m,).
+    """
+    center, spread = features.mean(axis=0), features.std(axis=0) + 1e-6
+    x, others = ((part - center) / spread for part in (features, null))
+    y = ((added - center) / spread).clip(-FARTHEST, FARTHEST)
+    penalty = _shrinkage(x, others) if penalty is None else penalty
+    folds = np.random.default_rng([seed, 11]).permutation(len(x)) % FOLDS
+    scores, added_scores = np.zeros(len(x)), np.zeros(len(y))
+
+    def fit(used: np.ndarray) -> tuple[np.ndarray, float]:
+        inside, outside = y[used[origin]], x[used & ~carries]
+        return _fit(
+            np.concatenate([inside, outside]), np.arange(len(inside) + len(outside)) < len(inside), others, penalty
+        )
+
+    for fold in range(FOLDS):
+        held = folds == fold
+        w, b = fit(~held)
+        scores[held], added_scores[held[origin]] = x[held] @ w + b, y[held[origin]] @ w + b
+    w, b = fit(np.ones(len(x), dtype=bool))
+    high, low = np.median(added_scores), np.median(scores[~carries])
+    unit = high - low if high > low else 1.0
+    scores, added_scores = (scores - low) / unit, (added_scores - low) / unit
+    threshold = boundary(scores, added_scores, carries)
+    scorer = Scorer(w / spread / unit, float((b - (w / spread) @ center - low) / unit), threshold)
+    return scorer, scores, added_scores
+
+
+def boundary(scores: np.ndarray, added: np.ndarray, carries: np.ndarray) -> float:
+    """Return the score from which on a sample more likely carries an artifact than not.
+
+    Scores are a mixture of two normal distributions, of which that with the artifact is known: samples that it was
+    added to have it, robustly by median and median absolute deviation. Share and the other one are fitted by
+    expectation maximization.
+    """
+    from scipy.stats import norm
+
+    middle = float(np.median(added))
+    width = max(1.4826 * float(np.median(np.abs(added - middle))), 1e-3)
+    share = float(np.clip(carries.mean(), *SHARES))
+    low, spread = float(scores[~carries].mean()), float(scores[~carries].std()) + 1e-6
+
+    def posterior(s: np.ndarray) -> np.ndarray:
+        with_it, without = share * norm.pdf(s, middle, width), (1 - share) * norm.pdf(s, low, spread) + 1e-300
+        likely = with_it / (with_it + without)
+        # Normal distributions of different widths cross twice: beyond the middles there is no doubt.
+        return np.where(s >= middle, 1.0, np.where(s <= low, 0.0, likely))
+
+    for _ in range(STEPS):
+        likely = posterior(scores)
+        rest = 1 - likely
+        if rest.sum() < 1 or low >= middle:
+            break
+        share = float(np.clip(likely.mean(), 1 / len(scores), 1 - 1 / len(scores)))
+        low = float(rest @ scores / rest.sum())
+        spread = float(np.sqrt(rest @ (scores - low) ** 2 / rest.sum())) + 1e-6
+    grid = np.linspace(min(low, middle), middle, 401)
+    return float(grid[np.argmax(posterior(grid) > 0.5)])
+
+
+def _shrinkage(x: np.ndarray, others: np.ndarray) -> float:
+    """Return the penalty that shrinks the covariance by as much as Ledoit and Wolf (2004) find best."""
+    from sklearn.covariance import ledoit_wolf_shrinkage
+
+    shrinkage = min(float(ledoit_wolf_shrinkage(np.concatenate([x, others]))), 0.99)
+    return shrinkage / (1 - shrinkage)
 
 
 def _fit(x: np.ndarray, member: np.ndarray, others: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
