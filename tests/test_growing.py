@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from spray.isolation import growing
-from spray.isolation.growing import FREE, grow, inner_features, split
+from spray.isolation.growing import FREE, boundary, grow, inner_features, recognize, split
 
 
 def cloud(seed: int, n: int, d: int, shift: float) -> np.ndarray:
@@ -58,6 +58,59 @@ def test_the_split_lies_in_the_gap() -> None:
         scores = np.concatenate([rng.normal(0, 0.1, 300), rng.normal(1, 0.1, n)])
         assert 0.25 < split(scores, np.arange(300 + n) >= 300) < 0.75
     assert split(np.ones(10), np.arange(10) < 5) == 1
+
+
+@pytest.mark.parametrize("d", [5, 60, 700])
+def test_what_was_added_is_recognized_whatever_else_a_cluster_has_in_common(d: int) -> None:
+    rng = np.random.default_rng(3)
+    rest, carriers, null = (rng.normal(0, 1, (n, d)) for n in (240, 60, 200))
+    carriers[:, : 3 + d // 50] += 6.0
+    carriers[:30, -1] += 5.0  # of half of the carriers, and that half is the cluster
+    features, truth = np.concatenate([carriers, rest]), np.arange(300) < 60
+    carries = np.arange(300) < 30
+    origin = np.flatnonzero(~truth)[:150]
+    added = features[origin].copy()
+    added[:, : 3 + d // 50] += 6.0
+    scorer, scores, added_scores = recognize(features, carries, added, origin, null, 0)
+    found = scores > scorer.threshold
+    assert (found & truth).sum() / found.sum() >= 0.95
+    assert (found & truth).sum() / truth.sum() >= 0.95
+    assert np.median(added_scores) == pytest.approx(1)
+    assert np.median(scores[~truth]) == pytest.approx(0, abs=0.1)
+    assert (scorer(null) > scorer.threshold).mean() <= 0.02
+
+
+def test_copies_are_judged_by_fits_without_them_and_their_origins() -> None:
+    # Noise with more features than samples, and copies that differ from it by noise: nothing is to be recognized.
+    features, null = cloud(0, 100, 400, 0.0), cloud(1, 100, 400, 0.0)
+    origin = np.arange(20, 100)
+    added = features[origin] + np.random.default_rng(5).normal(0, 1, (80, 400))
+    scorer, scores, added_scores = recognize(features, np.arange(100) < 20, added, origin, null, 0)
+    assert (scorer(added)[:, None] > scorer(features[origin])).mean() > 0.8
+    assert 0.3 < (added_scores[:, None] > scores[20:]).mean() < 0.7
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("width", [0.05, 0.15, 0.3])
+def test_the_boundary_is_where_both_are_as_likely(share: float, width: float) -> None:
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    rng = np.random.default_rng(0)
+    n = round(2000 * share)
+    scores = np.concatenate([rng.normal(1, width, n), rng.normal(0, 0.2, 2000 - n)])
+    added = rng.normal(1, width, 300)
+    # Half of the carriers are known at first, with as many that are none.
+    carries = np.zeros(2000, dtype=bool)
+    carries[: n // 2] = carries[-n // 2 :] = True
+    expected = brentq(lambda s: share * norm.pdf(s, 1, width) - (1 - share) * norm.pdf(s, 0, 0.2), 0.05, 0.999)
+    assert boundary(scores, added, carries) == pytest.approx(expected, abs=0.06)
+
+
+def test_without_a_difference_there_is_a_boundary_all_the_same() -> None:
+    scores = np.zeros(50)
+    assert np.isfinite(boundary(scores, np.zeros(20), np.arange(50) < 10))
+    assert np.isfinite(boundary(scores, np.full(20, -1.0), np.arange(50) < 10))
 
 
 def test_inner_features_are_means_and_maxima_of_channels() -> None:
