@@ -11,7 +11,7 @@ from unicodedata import combining, east_asian_width
 from spray.data.listed import printable
 from spray.report.data import PASSED
 from spray.report.record import Results
-from spray.report.verified import rechecks
+from spray.report.verified import model_result, rechecks
 from spray.report.words import VERDICTS, left_sentence, model_name
 
 MOST_CLASSES = 12
@@ -28,7 +28,9 @@ def summary(run_dir: Path) -> list[str]:
     """
     results = Results(run_dir)
     ranking, found, verification = (results.read(stage) or {} for stage in ("rank", "isolate", "verify"))
-    left = left_sentence(rechecks(verification))
+    name = str((verification.get("chosen") or {}).get("method"))
+    row = verification.get("models", {}).get(name)
+    left = left_sentence(rechecks(verification), None if row is None else model_result(name, row))
     parts = [
         _classes(ranking, found if results.path("isolate") else None),
         _models(verification),

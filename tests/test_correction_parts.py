@@ -355,6 +355,19 @@ def test_no_class_may_pay_for_the_others() -> None:
     assert not harms(plain[1], plain[0], 0.005)
 
 
+def test_a_class_that_had_too_many_images_may_come_down_to_the_others() -> None:
+    labels = np.arange(300) % 3
+    number = np.arange(300) // 3
+    # Class 1 is seen in most images: 95 of its own are right, of the others 50 and 40.
+    before = number < np.array([50, 95, 40])[labels]
+    better = number < np.array([90, 60, 95])[labels]
+    assert fallen(before, better, labels) == [1]
+    assert not costs(before, better, 0.005, labels)
+    # Not where it is worse than the worst class was, or where the others gain no more than chance.
+    assert costs(before, number < np.array([90, 35, 95])[labels], 0.005, labels)
+    assert costs(before, number < np.array([66, 79, 42])[labels], 0.005, labels)
+
+
 def test_a_point_of_clean_accuracy_is_worth_two_with_the_artifact(world: World) -> None:
     for attacked, expected in ((0.519, 0), (0.521, 1)):
         trials = [Trial({"strength": 0}, measured(0.9, 0.5)), Trial({"strength": 1}, measured(0.89, attacked))]

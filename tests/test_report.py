@@ -18,6 +18,7 @@ from spray.report import ReportData, render
 from spray.report.data import (
     PASSED,
     Artifact,
+    Chosen,
     Embedding,
     Gallery,
     Light,
@@ -319,6 +320,19 @@ def test_lead_says_what_still_acts_in_the_corrected_model():
     assert left("unheard of", "gone") == "What is left of each artifact in the corrected model is listed below."
     assert left(*["left"] * 9).startswith("a01, a02, a03, a04, a05, a06 and 3 more still act")
     assert left_sentence(()) == ""
+
+
+def test_lead_does_not_say_that_nothing_acts_where_accuracy_is_lost():
+    rows = (Recheck("a01", "moon", "gone"),)
+    model = ModelResult("p_clarc", clean=Share(0.667, 0.541, 0.773), attacked=Share(0.35, 0.22, 0.505))
+    said = left_sentence(rows, model)
+    assert "still loses accuracy" in said
+    assert "acts on" not in said
+    same = dataclasses.replace(model, attacked=Share(0.6, 0.48, 0.71))
+    for sure in (same, dataclasses.replace(model, attacked=None), dataclasses.replace(model, clean=Share(0.667)), None):
+        assert left_sentence(rows, sure).startswith("Nothing that was found acts on")
+    page = Page(render(dataclasses.replace(found(), rechecks=rows, models=(model,), chosen=Chosen("p_clarc", "why"))))
+    assert said in page.words()
 
 
 def test_missing_stages_are_named():

@@ -22,12 +22,18 @@ def costs(reference: np.ndarray, right: np.ndarray, max_loss: float, labels: np.
     max_loss : float
         The share that may be lost.
     labels : ndarray of int, optional
-        (n,): the images' classes; where they are given no class may fall either, see `fallen`.
+        (n,): the images' classes; where they are given no class may fall either, see `fallen`: unless all together
+        gain more than a standard error, and it is no worse then than the worst class was. A class that a model sees in
+        too many images has more of its own right than it will have in a better model.
     """
     loss, error = _lost(reference, right)
     if loss > max_loss + error:
         return True
-    return labels is not None and bool(fallen(reference, right, labels, max_loss))
+    lost = [] if labels is None else fallen(reference, right, labels, max_loss)
+    if labels is None or not lost:
+        return False
+    worst = worst_class(reference, labels)
+    return loss >= -error or any(float(right[labels == c].mean()) < worst for c in lost)
 
 
 def fallen(reference: np.ndarray, right: np.ndarray, labels: np.ndarray, max_loss: float = 0.0) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spray.report.data import Artifact, Recheck, Share
+from spray.report.data import Artifact, ModelResult, Recheck, Share
 
 NOT_KNOWN = "–"
 
@@ -143,8 +143,12 @@ def model_role(name: str) -> str:
     return _ROLES.get(name, "")
 
 
-def left_sentence(rechecks: Sequence[Recheck]) -> str:
-    """Return what the artifacts still do in the corrected model, in a sentence; empty where none was looked at."""
+def left_sentence(rechecks: Sequence[Recheck], model: ModelResult | None = None) -> str:
+    """Return what the artifacts still do in the corrected model, in a sentence; empty where none was looked at.
+
+    That none passes the tests any more is not said to be nothing where the model is clearly less often right with them:
+    where the 95 % intervals of its accuracies, clean and attacked, don't meet.
+    """
     if not rechecks:
         return ""
     gone, acting = ([row for row in rechecks if row.verdict == verdict] for verdict in ("gone", "left"))
@@ -155,15 +159,23 @@ def left_sentence(rechecks: Sequence[Recheck]) -> str:
             return head + "."
         rest = "the other does not" if len(rechecks) - len(acting) == 1 else "the others do not"
         return f"{head}; {rest}."
+    nothing = "Nothing that was found acts on the corrected model any more"
+    if model is not None and _loses(model):
+        nothing = (
+            "Nothing passes the test in the corrected model any more, but it still loses accuracy to what was found"
+        )
     if len(gone) == len(rechecks):
-        return "Nothing that was found acts on the corrected model any more; no cluster of its samples stands out."
+        return f"{nothing}; no cluster of its samples stands out."
     if len(groups) == len(rechecks) - len(gone):
         # Which is no contradiction: what samples share can tell them apart without deciding anything.
-        return (
-            "Nothing that was found acts on the corrected model any more, though the samples of "
-            f"{_listed(groups)} still form a cluster there."
-        )
+        return f"{nothing}, though the samples of {_listed(groups)} still form a cluster there."
     return "What is left of each artifact in the corrected model is listed below."
+
+
+def _loses(model: ModelResult) -> bool:
+    if model.clean is None or model.attacked is None or model.clean.low is None or model.attacked.high is None:
+        return False
+    return model.attacked.high < model.clean.low
 
 
 def _listed(rows: Sequence[Recheck], most: int = 6) -> str:
