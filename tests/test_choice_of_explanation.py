@@ -16,7 +16,6 @@ from spray.isolation.changed import Changed, isolate_change
 from spray.isolation.choice import ISOLATORS, Trial, natural_changes, tried
 from spray.isolation.evidence import Evidence
 from spray.isolation.statistics import discriminant, statistics
-from spray.isolation.two_samples import FEWEST, told_apart
 from spray.pipelines.isolated import load_artifact, save_artifact
 from tests.worlds import SIDE, World, scenes
 
@@ -167,10 +166,3 @@ def test_without_a_chance_of_a_verdict_no_predictions_are_made() -> None:
     assert all(trial.flip_rate is None for trial in tried(*parts, unusual=False))
     with pytest.raises(AssertionError, match="were made"):
         tried(*parts, unusual=True)
-
-
-def test_few_samples_can_not_be_told_apart() -> None:
-    rng = np.random.default_rng(0)
-    many = rng.normal(size=(60, 5))
-    assert told_apart(many[: FEWEST - 1] + 9, many, 0) == 0.5
-    assert told_apart(many[:FEWEST] + 9, many[FEWEST:], 0) > 0.95

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spray.isolation.subgroups import subgroups
-from spray.isolation.two_samples import told_apart
+from spray.isolation.two_samples import FEWEST, told_apart
 
 D = 40
 
@@ -49,8 +49,8 @@ def test_what_undoes_the_difference_leaves_nothing_to_tell() -> None:
 
 
 def test_too_few_samples_say_nothing() -> None:
-    assert told_apart(samples(5, 0), samples(100, 1) + 9, 0) == 0.5
-    assert told_apart(samples(6, 0), samples(100, 1) + 9, 0) > 0.95
+    assert told_apart(samples(FEWEST - 1, 0), samples(100, 1) + 9, 0) == 0.5
+    assert told_apart(samples(FEWEST, 0), samples(100, 1) + 9, 0) > 0.95
 
 
 def test_the_group_with_something_of_its_own_comes_first() -> None:
