@@ -15,6 +15,7 @@ from spray.isolation.artifact import Artifact
 from spray.isolation.changed import Changed, isolate_change
 from spray.isolation.choice import ISOLATORS, Trial, natural_changes, tried
 from spray.isolation.evidence import Evidence
+from spray.isolation.matted import Donated
 from spray.isolation.statistics import discriminant, statistics
 from spray.pipelines.isolated import load_artifact, save_artifact
 from tests.worlds import SIDE, World, scenes
@@ -166,3 +167,12 @@ def test_without_a_chance_of_a_verdict_no_predictions_are_made() -> None:
     assert all(trial.flip_rate is None for trial in tried(*parts, unusual=False))
     with pytest.raises(AssertionError, match="were made"):
         tried(*parts, unusual=True)
+
+
+def test_cut_outs_account_for_a_cluster_if_they_have_donors() -> None:
+    piece = a_piece()
+    parts = (piece.mask, piece.pattern, piece.shifts, 1.0, 1, False)
+    donated = Donated(*parts, torch.ones(2, 3, 10, 10), piece.mask.expand(2, -1, -1))
+    for artifact, expected in ((donated, True), (Artifact(*parts), False)):
+        assert Trial("donated", artifact, 1.0, 1.0, 1.0, 0.95, 0.7).accounts is expected
+        assert not Trial("donated", artifact, 1.0, 1.0, 1.0, 0.95, 0.85).accounts

@@ -12,7 +12,7 @@ from torch import Tensor
 from spray.isolation.artifact import Artifact
 from spray.isolation.blended import isolate_blended, isolate_shade, isolate_veil
 from spray.isolation.candidate import isolate
-from spray.isolation.causal import Predictor
+from spray.isolation.causal import Predictor, shows
 from spray.isolation.changed import isolate_background, isolate_change, isolate_faded, quartiles
 from spray.isolation.evidence import Evidence
 from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
