@@ -125,10 +125,9 @@ class Trial:
 
     @property
     def accounts(self) -> bool:
-        """Whether the artifact, always the same, is all that tells the cluster's samples from the rest."""
-        return (
-            self.artifact.constant and self.apart >= APART and self.left <= ALIKE and self.artifact.replaced <= REPLACED
-        )
+        """Whether the artifact, with content of its own, is all that tells the cluster's samples from the rest."""
+        alike = self.apart >= APART and self.left <= ALIKE
+        return alike and shows(self.artifact) and self.artifact.replaced <= REPLACED
 
     @property
     def unnatural(self) -> bool:
