@@ -99,7 +99,7 @@ class Trial:
         `told_apart`.
     flip_rate, control_flip_rate : float, optional
         Shares of images of other classes that are predicted as the artifact's class once it is added, and once the
-        control is; None where another trial was better whatever they are.
+        control is; None where they decide nothing: another trial is better whatever they are, or none has a verdict.
     """
 
     isolator: str
