@@ -16,12 +16,17 @@ from pathlib import Path
 import fakes
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
 
 from spray.pipelines import cli
 
 # What is remembered of folders is for each session of tests anew, and not the developer's own.
 os.environ["SPRAY_CACHE"] = tempfile.mkdtemp(prefix="spray-cache-")
 atexit.register(shutil.rmtree, os.environ["SPRAY_CACHE"], ignore_errors=True)
+
+# The same examples each time: a new one that fails is for who looks for it (`--hypothesis-profile=default`).
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("fixed")
 
 FAKES = Path(fakes.__file__)
 
