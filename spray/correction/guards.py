@@ -29,8 +29,7 @@ def costs(reference: np.ndarray, right: np.ndarray, max_loss: float, labels: np.
     loss, error = _lost(reference, right)
     if loss > max_loss + error:
         return True
-    lost = [] if labels is None else fallen(reference, right, labels, max_loss)
-    if labels is None or not lost:
+    if labels is None or not (lost := fallen(reference, right, labels, max_loss)):
         return False
     worst = worst_class(reference, labels)
     return loss >= -error or any(float(right[labels == c].mean()) < worst for c in lost)

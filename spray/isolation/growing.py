@@ -102,7 +102,7 @@ def grow(
     threshold = split(scores, member)
     high, low = np.median(scores[member]), np.median(scores[~member])
     unit = high - low if high > low else 1.0
-    scorer = Scorer(w / spread / unit, float((b - (w / spread) @ center - low) / unit), float((threshold - low) / unit))
+    scorer = _scorer(w, b, center, spread, low, unit, (threshold - low) / unit)
     scores = (scores - low) / unit
     return scorer, scores, scores > scorer.threshold
 
@@ -167,9 +167,7 @@ def recognize(
     high, low = np.median(added_scores), np.median(scores[~carries])
     unit = high - low if high > low else 1.0
     scores, added_scores = (scores - low) / unit, (added_scores - low) / unit
-    threshold = boundary(scores, added_scores, carries)
-    scorer = Scorer(w / spread / unit, float((b - (w / spread) @ center - low) / unit), threshold)
-    return scorer, scores, added_scores
+    return _scorer(w, b, center, spread, low, unit, boundary(scores, added_scores, carries)), scores, added_scores
 
 
 def boundary(scores: np.ndarray, added: np.ndarray, carries: np.ndarray) -> float:
@@ -202,6 +200,13 @@ def boundary(scores: np.ndarray, added: np.ndarray, carries: np.ndarray) -> floa
         spread = float(np.sqrt(rest @ (scores - low) ** 2 / rest.sum())) + 1e-6
     grid = np.linspace(min(low, middle), middle, 401)
     return float(grid[np.argmax(posterior(grid) > 0.5)])
+
+
+def _scorer(
+    w: np.ndarray, b: float, center: np.ndarray, spread: np.ndarray, low: float, unit: float, threshold: float
+) -> Scorer:
+    """Return the score of plain features from a fit (w, b) on standardised ones, 0 at `low` and 1 a unit above."""
+    return Scorer(w / spread / unit, float((b - (w / spread) @ center - low) / unit), float(threshold))
 
 
 def _shrinkage(x: np.ndarray, others: np.ndarray) -> float:

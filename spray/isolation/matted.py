@@ -106,10 +106,9 @@ def with_enclosed(mattes: Tensor) -> Tensor:
     A gap of a pixel in what encloses it does not matter: compression blurs edges.
     """
     whole = []
-    for matte in mattes:
-        own = matte.cpu().numpy() > 0.5
-        closing = ndimage.binary_closing(np.pad(own, 1, mode="edge"), np.ones((3, 3)))[1:-1, 1:-1]
-        inside = ndimage.binary_fill_holes(own | closing) & ~own
+    solid = mattes > 0.5
+    for matte, own, closing in zip(mattes, solid.cpu().numpy(), closed(solid[:, None].float(), 1)[:, 0], strict=True):
+        inside = ndimage.binary_fill_holes(closing.cpu().numpy()) & ~own
         small = 0 < inside.sum() <= ENCLOSED * own.sum()
         whole.append(torch.where(torch.from_numpy(inside).to(matte.device), 1.0, matte) if small else matte)
     return torch.stack(whole) if whole else mattes
