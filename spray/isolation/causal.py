@@ -51,12 +51,12 @@ class Effect:
     control_flip_rate : float
         The same with content from the class's images without the artifact, at the same place.
     logit_gain : float
-        Mean rise of the class's logit, against the mean of the others', when the artifact is added, minus the
+        Mean rise of the class's logit, against the largest of the others', when the artifact is added, minus the
         control's.
     p_value : float
         One-sided exact McNemar test of artifact against control, image by image.
     removal_cost : float
-        Mean fall of the class's logit, against the mean of the others', when the artifact is removed from its own
+        Mean fall of the class's logit, against the largest of the others', when the artifact is removed from its own
         samples, minus the fall when the same is done to the class's samples without it; minus nothing where it changed
         the whole image and is undone.
     removal_p_value : float
@@ -235,13 +235,14 @@ def _no_stronger(images: Tensor, change: Artifact, artifact: Artifact, draws: np
 
 
 def margin(logits: Tensor, target: int) -> Tensor:
-    """Return by how much the target's logit exceeds the mean of the others', (n,).
+    """Return by how much the target's logit exceeds the largest of the others', (n,): what decides the prediction.
 
-    What raises or lowers all logits alike, as a loss of contrast does, moves no prediction and does not count.
+    What raises or lowers all logits alike moves no prediction and does not count. Nor does the mean of the others':
+    without a grey background a dress may be less unlike all other clothes, and yet be taken for one of them.
     """
-    n_classes = logits.shape[1]
-    own = logits[:, target]
-    return own - (logits.sum(dim=1) - own) / max(1, n_classes - 1)
+    others = logits.clone()
+    others[:, target] = -torch.inf
+    return logits[:, target] - others.amax(dim=1)
 
 
 def bootstrap(seed: int, values: Tensor, others: Tensor | None = None) -> list[float]:

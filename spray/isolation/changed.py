@@ -20,6 +20,8 @@ RANGE = 0.15
 """Share of images that may be darker than the darkest typical one, and lighter than the lightest."""
 WEAKEST = 0.02
 """Least root mean square change, in units of the pixel range, that is a change."""
+SAME = 0.02
+"""Values of which the quartiles lie this close together, in units of the pixel range, are the same in all images."""
 
 
 @ARTIFACTS.register("global")
@@ -225,12 +227,13 @@ def _checked(
 def _linear(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     """Return gain and offset (C,) that map the pixels' quartiles over one set of images to those over the other.
 
-    Quartiles rather than moments: a cluster is never quite pure.
+    Quartiles rather than moments: a cluster is never quite pure. Of values that are the same in all images nothing
+    tells a gain, and it is 1: undone, a small one would blow up whatever is left of the image.
     """
     lower, middle, upper = quartiles(inside)
     before_lower, before, before_upper = quartiles(outside)
     spread, before_spread = ((b - a).mean(dim=(1, 2)) for a, b in ((lower, upper), (before_lower, before_upper)))
-    gain = (spread / before_spread.clamp_min(1e-4)).clamp(0.1, 1.5)
+    gain = torch.where(before_spread > SAME, spread / before_spread.clamp_min(SAME), 1.0).clamp(0.1, 1.5)
     return gain, middle.mean(dim=(1, 2)) - gain * before.mean(dim=(1, 2))
 
 

@@ -23,6 +23,8 @@ TOLERANCES = (0.001, 0.004, 0.015)
 """By how much, in a channel, pixels of one colour may differ; a matte falls to 0 at three times that."""
 AT_ONCE = 32
 """Images whose pixels are compared with each other at once."""
+COMPARED = (256, 1024)
+"""Most pixels of an image that may be its most frequent colour, and most that are compared with each of them."""
 ENCLOSED = 1.0
 """Largest area that pixels of one colour may enclose and still be one thing with it, as a share of their own ..."""
 ALWAYS = 0.3
@@ -149,13 +151,23 @@ def one_color(images: Tensor, weights: Tensor, color: Tensor, tolerance: float) 
 
 def _modal(pixels: Tensor, weight: Tensor, tolerance: float) -> Tensor:
     """Return the colour (n, C, 1) of most weight among pixels (n, C, p) with weights (p,)."""
-    # Of many pixels not all are looked at as the colour; text of any size has more than one of its own.
-    step = -(-pixels.shape[2] // 256)
-    apart = (pixels[:, :, ::step, None] - pixels[:, :, None]).abs().amax(dim=1)
+    # Of many pixels not all are looked at as the colour, nor is every one compared with it; text of any size has more.
+    asked, seen = (_spread(pixels.shape[2], most) for most in COMPARED)
+    apart = (pixels[:, :, asked, None] - pixels[:, :, None, seen]).abs().amax(dim=1)
     # Around a colour of a smooth scene there are many that differ a little; what was drawn stands alone.
     alone = (apart <= tolerance).float() - (apart <= 4 * tolerance).float() / 2
-    best = (alone * weight).sum(dim=2).argmax(dim=1)
-    return pixels[:, :, ::step].gather(2, best[:, None, None].expand(-1, pixels.shape[1], 1))
+    best = (alone @ weight[seen]).argmax(dim=1)
+    return pixels[:, :, asked].gather(2, best[:, None, None].expand(-1, pixels.shape[1], 1))
+
+
+def _spread(n: int, most: int) -> Tensor:
+    """Return at most so many of n indices, spread evenly and yet along no line: every k-th pixel may be in one column.
+
+    They are multiples of the golden ratio, modulo 1, of n.
+    """
+    if n <= most:
+        return torch.arange(n)
+    return (torch.arange(most, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1 * n).long()
 
 
 def isolate_donated(evidence: Evidence) -> Artifact | None:
