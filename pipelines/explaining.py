@@ -62,6 +62,11 @@ class Candidate:
         """What candidates are ordered by: a verdict first, then by how much more they flip than the control."""
         return self.verdict != "no_effect", self.effect.flip_rate - self.effect.control_flip_rate
 
+    @property
+    def explained(self) -> float:
+        """How well its artifact explains it: the evidence for the best trial."""
+        return self.trials[0].evidence
+
 
 class Explainer:
     """Explains clusters of one run; what several of them need is computed once.

@@ -48,7 +48,7 @@ def run(context: Context) -> dict[str, Any]:
             if candidate is not None:
                 candidates.append(candidate)
         _judge(candidates)
-        candidates = _distinct(sorted(candidates, key=lambda c: c.strength, reverse=True))
+        candidates = sorted(_distinct(candidates), key=lambda c: c.strength, reverse=True)
         rows = []
         for number, (candidate, scores) in enumerate(
             zip(candidates, explainer.scores(candidates), strict=True), start=1
@@ -134,9 +134,12 @@ def _judge(candidates: list[Candidate]) -> None:
 
 
 def _distinct(candidates: list[Candidate]) -> list[Candidate]:
-    """Keep, of candidates that are found in the same samples of a class, the first one."""
+    """Keep, of candidates that are found in the same samples of a class, the one that is explained best.
+
+    A verdict goes first. The strongest effect would favour what takes more of the image along.
+    """
     kept: list[Candidate] = []
-    for candidate in candidates:
+    for candidate in sorted(candidates, key=lambda c: (c.verdict != "no_effect", c.explained), reverse=True):
         if all(
             candidate.class_index != other.class_index or jaccard(candidate.samples, other.samples) < 0.5
             for other in kept

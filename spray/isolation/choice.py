@@ -13,9 +13,10 @@ from spray.isolation.artifact import Artifact
 from spray.isolation.blended import isolate_blended, isolate_shade, isolate_veil
 from spray.isolation.candidate import isolate
 from spray.isolation.causal import Predictor, shows
-from spray.isolation.changed import isolate_background, isolate_change, isolate_faded, quartiles
+from spray.isolation.changed import Changed, isolate_background, isolate_change, isolate_faded, quartiles
 from spray.isolation.evidence import Evidence
 from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
+from spray.isolation.moments import refined
 from spray.isolation.scattered import isolate_scattered
 from spray.isolation.statistics import statistics
 from spray.isolation.two_samples import area, told_apart
@@ -72,6 +73,8 @@ ALIKE = 0.65
 
 Natural kinds of images differ in more than one thing: whatever is added to the others, they can still be told apart.
 """
+RESEMBLES = 0.5
+"""Least likeness from which on a change of the whole image is fitted more closely, which takes a while."""
 REPLACED = 0.55
 """Most of an image that an artifact may take the place of and still be one: more, and it is another image. All images
 become like a group of flat ones if they are blended with its colour enough."""
@@ -100,6 +103,8 @@ class Trial:
     flip_rate, control_flip_rate : float, optional
         Shares of images of other classes that are predicted as the artifact's class once it is added, and once the
         control is; None where they decide nothing: another trial is better whatever they are, or none has a verdict.
+    closely : bool
+        Whether it was fitted more closely: see `spray.isolation.moments`.
     """
 
     isolator: str
@@ -111,6 +116,7 @@ class Trial:
     still_apart: float
     flip_rate: float | None = None
     control_flip_rate: float | None = None
+    closely: bool = False
 
     @property
     def explains(self) -> bool:
@@ -197,27 +203,32 @@ def tried(
     usual = float(np.median(likeness(outside)))
     unit = max(float(np.median(likeness(inside))) - usual, 1e-6)
     before = told_apart(inside, outside, seed)
+
+    def judged(name: str, artifact: Artifact, closely: bool = False) -> Trial:
+        added = artifact.insert(rest, draws)
+        seen = features(added)
+        like = (float(np.median(likeness(seen))) - usual) / unit
+        left = _distance(second.images, added) / max(_distance(second.images, rest), 1e-9)
+        return Trial(
+            name,
+            artifact,
+            likeness=max(-1.0, 1 - abs(1 - like)),
+            explained=max(-1.0, 1 - left),
+            separation=separation(artifact.score(second.images), artifact.score(rest)),
+            apart=before,
+            still_apart=told_apart(inside, seen, seed),
+            closely=closely,
+        )
+
     trials = []
     for name, isolator in ISOLATORS.items():
         artifact = isolator(first)
         if artifact is None:
             continue
-        added = artifact.insert(rest, draws)
-        seen = features(added)
-        like = (float(np.median(likeness(seen))) - usual) / unit
-        left = _distance(second.images, added) / max(_distance(second.images, rest), 1e-9)
-        apart = separation(artifact.score(second.images), artifact.score(rest))
-        trials.append(
-            Trial(
-                name,
-                artifact,
-                likeness=max(-1.0, 1 - abs(1 - like)),
-                explained=max(-1.0, 1 - left),
-                separation=apart,
-                apart=before,
-                still_apart=told_apart(inside, seen, seed),
-            )
-        )
+        trial = judged(name, artifact)
+        if isinstance(artifact, Changed) and trial.apart >= APART and trial.likeness >= RESEMBLES:
+            trial = max(trial, judged(name, refined(artifact, first), closely=True), key=lambda t: t.evidence)
+        trials.append(trial)
 
     def effect(trial: Trial) -> Trial:
         added = (trial.artifact.insert(others, other_draws, content) for content in (None, donors))
@@ -247,7 +258,10 @@ def _ordered(trials: Sequence[Trial], effect: Callable[[Trial], Trial]) -> list[
 
 def refitted(trial: Trial, evidence: Evidence) -> Artifact:
     """Return what the chosen isolator isolates from all samples; the trial's own if that is nothing."""
-    return ISOLATORS[trial.isolator](evidence) or trial.artifact
+    found = ISOLATORS[trial.isolator](evidence)
+    if trial.closely and isinstance(found, Changed):
+        found = refined(found, evidence)
+    return found or trial.artifact
 
 
 def natural_changes(trial: Trial, evidence: Evidence, seed: int) -> list[Artifact]:
