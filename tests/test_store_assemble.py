@@ -118,7 +118,7 @@ def refuses(tmp_path: Path, layout: Layout, plan: list[Shard], path: Path, reaso
 def test_a_damaged_shard_is_named_and_no_file_left(tmp_path: Path) -> None:
     layout, plan, path = damaged(tmp_path)
     good = path.read_bytes()
-    for at in (3, 460, 512, len(good) // 2, len(good) - 1):
+    for at in (3, 460, 512, 520, len(good) // 2, len(good) - 300, len(good) - 9, len(good) - 1):
         path.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
         refuses(tmp_path, layout, plan, path, "SHA-256 differs|is not a shard")
     path.write_bytes(good[:-5])
@@ -133,9 +133,7 @@ def test_a_damaged_shard_is_named_and_no_file_left(tmp_path: Path) -> None:
     holds(tmp_path / "attributions.h5", stored.arrays(layout))
 
 
-def test_a_shard_that_changes_between_the_two_readings_is_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_that_changes_while_it_is_copied_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, plan, path = damaged(tmp_path)
     read = module.shard_chunks
 
@@ -147,9 +145,36 @@ def test_a_shard_that_changes_between_the_two_readings_is_not_taken(
         return read(which, *rest)
 
     monkeypatch.setattr(module, "shard_chunks", change)
+    refuses(tmp_path, layout, plan, path, "SHA-256 differs")
+
+
+def test_a_byte_that_changes_on_its_way_into_the_file_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, plan, _ = damaged(tmp_path)
+    write = module.write_chunk
+
+    def change(dataset: h5py.Dataset, row: int, mask: int, raw: bytes) -> None:
+        write(dataset, row, mask, raw[:-1] + bytes([raw[-1] ^ (row == 32)]))
+
+    monkeypatch.setattr(module, "write_chunk", change)
     with pytest.raises(UserError, match="doesn't give back what was written"):
         assemble(tmp_path / "shards", plan, stored.KEY, layout, tmp_path / "a.h5", {})
     assert not (tmp_path / "a.h5").exists()
+
+
+def test_a_file_that_can_not_be_opened_again_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, plan, _ = damaged(tmp_path)
+    forget = module._forget
+
+    def spoil(path: Path) -> None:
+        forget(path)
+        path.write_bytes(bytes(8) + path.read_bytes()[8:])
+
+    monkeypatch.setattr(module, "_forget", spoil)
+    with pytest.raises(UserError, match="doesn't give back what was written"):
+        assemble(tmp_path / "shards", plan, stored.KEY, layout, tmp_path / "a.h5", {})
+    assert os.listdir(tmp_path) == ["shards"]
 
 
 def test_shards_that_do_not_cover_the_dataset_are_refused(tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import h5py
@@ -14,7 +13,17 @@ from spray.errors import UserError
 from spray.storage import replacing
 from spray.store.disk import Encoder, closing, disk_errors, new_file
 from spray.store.layout import DIGESTS, ArraySpec, Layout
-from spray.store.shards import Shard, ShardFacts, read_shard, rows_sha256, shard_chunks, write_chunk
+from spray.store.shards import (
+    DamagedShardError,
+    Shard,
+    ShardClaim,
+    ShardFacts,
+    read_claim,
+    read_shard,
+    rows_digest,
+    shard_chunks,
+    write_chunk,
+)
 
 FORMAT = "spray attributions 2"
 
@@ -35,8 +44,9 @@ def assemble(
 ) -> list[ShardFacts]:
     """Write the file of attributions from its shards; the shards stay.
 
-    Chunks are copied as they are stored, out of shards whose SHA-256 was compared. Then the new file is read back
-    from the disk and its chunks compared with those of the shards. Only after that it appears at `path`.
+    Chunks are copied as they are stored. Then the new file is read back from the disk, and what is read compared with
+    the SHA-256 of the shards: each byte is hashed once for both, whether its shard was damaged and whether the disk
+    holds it. Only after that the file appears at `path`.
 
     Parameters
     ----------
@@ -81,34 +91,28 @@ def assemble(
             _describe(file, {**attributes, "key": key, "format": FORMAT, "shard_size": layout.shard_size})
             datasets = layout.create(file, layout.n)
             copied = through(shards, len(shards), TOGETHER)
-            facts = []
-            for shard, fact in _verified(lambda each: read_shard(folder / each.name, each, key, layout), copied):
-                for chunk in shard_chunks(folder / shard.name, shard, layout):
-                    write_chunk(datasets[chunk.name], chunk.row, chunk.mask, chunk.raw)
-                facts.append(fact)
+            claims = []
+            for shard in copied:
+                try:
+                    claims.append(read_claim(folder / shard.name, shard, key, layout))
+                    for chunk in shard_chunks(folder / shard.name, shard, layout):
+                        write_chunk(datasets[chunk.name], chunk.row, chunk.mask, chunk.raw)
+                except DamagedShardError:
+                    read_shard(folder / shard.name, shard, key, layout)  # knows better what is wrong
+                    raise
                 # The disk has most of it by the end, when it is waited for.
                 _advise(temporary, "POSIX_FADV_DONTNEED")
-            _write_digests(file, facts)
+            _write_digests(file, [claim.facts for claim in claims])
         _forget(temporary)
-        compared = zip(through(shards, len(shards), COMPARED), facts, strict=True)
-        if not _gives_back(temporary, layout, compared):
+        wrong = _first_wrong(temporary, layout, shards, claims, through)
+        if wrong is not None:
+            # A damaged shard is computed again; where it is whole, the disk is to blame.
+            read_shard(folder / wrong.name, wrong, key, layout)
             raise UserError(
                 f"{path}: the disk doesn't give back what was written to it; check the disk, then start again: what "
                 "is computed already is kept"
             )
-    return facts
-
-
-def _verified(read: Callable[[Shard], ShardFacts], shards: Iterable[Shard]) -> Iterator[tuple[Shard, ShardFacts]]:
-    """Verify each shard in a thread of its own, while the one before it is copied."""
-    with ThreadPoolExecutor(1, thread_name_prefix="spray-verify") as pool:
-        coming: tuple[Shard, Future[ShardFacts]] | None = None
-        for shard in shards:
-            ready, coming = coming, (shard, pool.submit(read, shard))
-            if ready is not None:
-                yield ready[0], ready[1].result()
-        if coming is not None:
-            yield coming[0], coming[1].result()
+    return [claim.facts for claim in claims]
 
 
 def _describe(file: h5py.File, attributes: Mapping[str, str | int | float]) -> None:
@@ -131,21 +135,24 @@ def _write_digests(file: h5py.File, facts: Sequence[ShardFacts]) -> None:
     encoder.close()
 
 
-def _gives_back(path: Path, layout: Layout, compared: Iterable[tuple[Shard, ShardFacts]]) -> bool:
-    """Return whether the file holds the shards' chunks."""
+def _first_wrong(
+    path: Path, layout: Layout, shards: Sequence[Shard], claims: Sequence[ShardClaim], through: Progress
+) -> Shard | None:
+    """Return the first shard whose rows the file doesn't give back as the shard claims; None if it does all."""
+    at = shards[0]
     try:
         with h5py.File(path, "r") as file:
             datasets = {name: file[name] for name in layout.names}
-            for shard, fact in compared:
+            for at, claim in zip(through(shards, len(shards), COMPARED), claims, strict=True):
                 # About where the next rows lie: chunks were written in order. HDF5 would wait for each.
                 size = path.stat().st_size
-                at, to = size * shard.start // layout.n, size * min(2 * shard.stop - shard.start, layout.n) // layout.n
-                _advise(path, "POSIX_FADV_WILLNEED", at, to - at)
-                if rows_sha256(datasets, shard.start, shard.stop) != fact.data_sha256:
-                    return False
-            return True
+                start, stop = size * at.start // layout.n, size * min(2 * at.stop - at.start, layout.n) // layout.n
+                _advise(path, "POSIX_FADV_WILLNEED", start, stop - start)
+                if not claim.holds(rows_digest(datasets, at.start, at.stop)):
+                    return at
+            return None
     except (OSError, RuntimeError, KeyError):
-        return False
+        return at
 
 
 def _forget(path: Path) -> None:

@@ -17,6 +17,10 @@ from spray.store.disk import Encoder, disk_errors
 from spray.store.layout import Layout
 from spray.store.shards import BLOCK, CHUNK, FORMAT, HEADER, LENGTH, Shard, layout_text
 
+AT_ONCE = 1 << 20
+"""Bytes that are hashed and written together: with each call the interpreter's lock goes to and fro, and the thread
+that explains waits for it."""
+
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):
     """Takes a shard's rows in order; the file appears when the block ends. Made by `shard_writer`."""
@@ -107,10 +111,16 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             self._written[name] = last
             # A copy, so that a few rows don't keep the whole batch in memory.
             self._waiting[name] = array[last - at :].copy()
+        together: list[bytes] = []
+        size = 0
         for _, name, part in sorted(ready, key=lambda each: each[:2]):
             mask, raw = self._encoder.encode(name, part)
-            self._put(CHUNK.pack(self._numbers[name], mask, len(raw)))
-            self._put(raw)
+            together += CHUNK.pack(self._numbers[name], mask, len(raw)), raw
+            size += len(raw)
+            if size >= AT_ONCE:
+                self._put(b"".join(together))
+                together, size = [], 0
+        self._put(b"".join(together))
 
     def _put(self, raw: bytes) -> None:
         _write(self._file, raw)

@@ -1,8 +1,8 @@
 """Shards: the parts that a file of attributions is computed in. Each is a file that is whole or not there.
 
 A block of 512 bytes tells its range, its key and a SHA-256 of all its bytes. The chunks of the final file follow, as
-HDF5 stores them, each behind its place, and at the end what else there is to know. No byte of it is looked at before
-the SHA-256 was compared, and each is hashed once when it is written and once when it is read.
+HDF5 stores them, each behind its place, and at the end what else there is to know. Nothing of it is relied on before
+the SHA-256 was compared: with the bytes of the shard's file, or with what became of them in the final file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ import h5py
 from spray.store.layout import Layout
 
 FORMAT = "spray shard 2"
+READ_AHEAD = 1 << 20
+"""Bytes that are read from a shard at once."""
+
 BLOCK, HEADER = 512, 448
 """Bytes of the block at the start and of the text in it; a SHA-256 in hexadecimal is the rest."""
 
@@ -91,6 +95,31 @@ class ShardFacts:
 
 
 @dataclass(frozen=True)
+class ShardClaim:
+    """What a shard's file says that it holds, to be compared with what its chunks have become.
+
+    Attributes
+    ----------
+    facts : ShardFacts
+        Not to be relied on before `holds`.
+    rest : bytes
+        What the file's SHA-256 covers beside the chunks.
+    sha256 : str
+        Of the whole file.
+    """
+
+    facts: ShardFacts
+    rest: bytes
+    sha256: str
+
+    def holds(self, digest: Any) -> bool:
+        """Return whether everything that is claimed goes with chunks of this hash, as `rows_digest` makes it."""
+        whole = digest.copy()
+        whole.update(self.rest)
+        return bool(digest.hexdigest() == self.facts.data_sha256 and whole.hexdigest() == self.sha256)
+
+
+@dataclass(frozen=True)
 class StoredChunk:
     """A chunk of the final file: its array and first row in the dataset, which filters were skipped, its bytes."""
 
@@ -98,11 +127,6 @@ class StoredChunk:
     row: int
     mask: int
     raw: bytes
-
-    def update(self, digest: Any, number: int) -> None:
-        """Add it to a hash, with its array's number and its length, so that borders count too."""
-        digest.update(CHUNK.pack(number, self.mask, len(self.raw)))
-        digest.update(self.raw)
 
 
 def plan_shards(n: int, shard_size: int) -> list[Shard]:
@@ -131,13 +155,7 @@ def read_shard(path: Path, shard: Shard, key: str, layout: Layout) -> ShardFacts
     if not path.is_file():
         raise DamagedShardError(path, "is missing")
     with _reading(path), path.open("rb") as raw:
-        block = raw.read(BLOCK)
-        header = _parse(path, block)
-        if (header.start, header.stop) != (shard.start, shard.stop):
-            found, wanted = f"{header.start} to {header.stop - 1}", f"{shard.start} to {shard.stop - 1}"
-            raise DamagedShardError(path, f"holds samples {found}, not {wanted}")
-        if header.key != key:
-            raise DamagedShardError(path, "was computed with other settings")
+        block = _own_block(path, raw, shard, key)
         digest = hashlib.sha256()
         while part := raw.read(1 << 20):
             digest.update(part)
@@ -145,15 +163,33 @@ def read_shard(path: Path, shard: Shard, key: str, layout: Layout) -> ShardFacts
         if digest.hexdigest().encode() != block[HEADER:]:
             raise DamagedShardError(path, "was changed or cut off since it was written: its SHA-256 differs")
         # These are the bytes that were written, but maybe not by this version of the writer.
-        _, text = _end(raw)
-        if text["layout"] != layout_text(layout):
-            raise DamagedShardError(path, "holds other arrays: they were computed with other settings")
-        quarantined = {int(index): reason for index, reason in text["quarantined"].items()}
-        return ShardFacts(quarantined, text["facts"], text["data"])
+        return _facts(path, _end(raw)[1], layout)
+
+
+def read_claim(path: Path, shard: Shard, key: str, layout: Layout) -> ShardClaim:
+    """Read what a shard's file says that it holds, without verifying it.
+
+    Raises
+    ------
+    DamagedShardError
+        If the file is missing, can't be read, contradicts itself, or belongs to another shard, key or layout.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DamagedShardError(path, "is missing")
+    with _reading(path), path.open("rb") as raw:
+        block = _own_block(path, raw, shard, key)
+        end, text = _end(raw)
+        raw.seek(end)
+        rest = raw.read() + block[:HEADER]
+        facts = _facts(path, text, layout)
+        if len(bytes.fromhex(facts.data_sha256)) != hashlib.sha256().digest_size:
+            raise ValueError("no SHA-256 of its chunks")
+        return ShardClaim(facts, rest, block[HEADER:].decode())
 
 
 def shard_chunks(path: Path, shard: Shard, layout: Layout) -> Iterator[StoredChunk]:
-    """Read the chunks of a shard's file that was verified, one by one; they are not hashed again.
+    """Read the chunks of a shard's file one by one; they are not verified.
 
     Raises
     ------
@@ -161,7 +197,7 @@ def shard_chunks(path: Path, shard: Shard, layout: Layout) -> Iterator[StoredChu
         If the file can't be read or doesn't hold these chunks.
     """
     rows = {name: layout.rows_per_chunk(spec) for name, spec in layout.arrays.items()}
-    with _reading(path), path.open("rb") as raw:
+    with _reading(path), path.open("rb", buffering=READ_AHEAD) as raw:
         end, _ = _end(raw)
         raw.seek(BLOCK)
         for name, row in _places(rows, shard.start, shard.stop):
@@ -203,10 +239,31 @@ def stored_chunks(datasets: Mapping[str, h5py.Dataset], start: int, stop: int) -
 
 def rows_sha256(datasets: Mapping[str, h5py.Dataset], start: int, stop: int) -> str:
     """Return the SHA-256 of the chunks of rows `start` to `stop` - 1, which is `data_sha256` of a shard of these."""
+    return str(rows_digest(datasets, start, stop).hexdigest())
+
+
+def rows_digest(datasets: Mapping[str, h5py.Dataset], start: int, stop: int) -> Any:
+    """Return the SHA-256 of the chunks of rows `start` to `stop` - 1 as an object that takes more.
+
+    Chunks are hashed by a thread of its own, while the next ones are read.
+    """
     numbers, digest = {name: number for number, name in enumerate(sorted(datasets))}, hashlib.sha256()
-    for chunk in stored_chunks(datasets, start, stop):
-        chunk.update(digest, numbers[chunk.name])
-    return digest.hexdigest()
+    with ThreadPoolExecutor(1, thread_name_prefix="spray-hash") as pool:
+        hashing: Future[None] | None = None
+        together: list[bytes] = []
+        size = 0
+        for chunk in stored_chunks(datasets, start, stop):
+            together += CHUNK.pack(numbers[chunk.name], chunk.mask, len(chunk.raw)), chunk.raw
+            size += len(chunk.raw)
+            if size >= READ_AHEAD:
+                # One at a time: in memory are what is hashed and what comes next.
+                if hashing is not None:
+                    hashing.result()
+                hashing, together, size = pool.submit(digest.update, b"".join(together)), [], 0
+        if hashing is not None:
+            hashing.result()
+    digest.update(b"".join(together))
+    return digest
 
 
 def write_chunk(dataset: h5py.Dataset, row: int, mask: int, raw: bytes) -> None:
@@ -250,6 +307,25 @@ def layout_text(layout: Layout) -> dict[str, Any]:
         for name, spec in sorted(layout.arrays.items())
     }
     return {"arrays": arrays, "compression": layout.compression}
+
+
+def _own_block(path: Path, raw: BinaryIO, shard: Shard, key: str) -> bytes:
+    """Return the block at the start, which says that this is the shard that is wanted."""
+    block = raw.read(BLOCK)
+    header = _parse(path, block)
+    if (header.start, header.stop) != (shard.start, shard.stop):
+        found, wanted = f"{header.start} to {header.stop - 1}", f"{shard.start} to {shard.stop - 1}"
+        raise DamagedShardError(path, f"holds samples {found}, not {wanted}")
+    if header.key != key:
+        raise DamagedShardError(path, "was computed with other settings")
+    return block
+
+
+def _facts(path: Path, text: Mapping[str, Any], layout: Layout) -> ShardFacts:
+    if text["layout"] != layout_text(layout):
+        raise DamagedShardError(path, "holds other arrays: they were computed with other settings")
+    quarantined = {int(index): reason for index, reason in text["quarantined"].items()}
+    return ShardFacts(quarantined, text["facts"], text["data"])
 
 
 def _parse(path: Path, block: bytes) -> ShardHeader:
