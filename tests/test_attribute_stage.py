@@ -16,6 +16,7 @@ from spray import explain
 from spray.data.base import Normalizer
 from spray.data.folder import FolderDataset
 from spray.models.factory import call_factory
+from spray.pipelines.compute.base import seed
 from spray.pipelines.context import Context
 
 SIZES = {"coffee": 20, "stone": 21}
@@ -277,3 +278,11 @@ def test_mistakes_are_told_before_anything_is_computed(
     assert said.code == 2
     assert message in said.err
     assert not (project[0] / "mistake/attributions.h5").exists()
+
+
+def test_seeding_the_device_alone_is_torchs_own_seeding() -> None:
+    drawn = []
+    for how in (torch.manual_seed, lambda number: seed(number, torch.device("cpu"))):
+        how(7)
+        drawn.append(torch.rand(5).tolist() + torch.randn(5).tolist())
+    assert drawn[0] == drawn[1]
