@@ -19,6 +19,7 @@ from spray.errors import UserError
 from spray.pipelines.compute import backend
 from spray.pipelines.compute.base import (
     FOLDER,
+    KNOWN,
     Job,
     ShardResult,
     choose_shard_size,
@@ -129,7 +130,8 @@ def _is_there(job: Job, shard: Shard) -> bool:
 def _tell(context: Context, job: Job, shards: int, missing: int) -> None:
     if missing < shards:
         context.log.info("%d of %d shards are there already", shards - missing, shards)
-    others = [path for path in job.folder.parent.iterdir() if path.is_dir() and path != job.folder]
+    kept = {job.folder.name, Path(KNOWN).name}
+    others = [path for path in job.folder.parent.iterdir() if path.is_dir() and path.name not in kept]
     if others:
         context.log.info(
             "%d shards of other settings are kept in %s until this run is done",

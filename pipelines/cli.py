@@ -189,12 +189,15 @@ def _run_job(config: DictConfig, settings: Any) -> None:
         print_plan(Context(typed, run_dir.absolute(), _log), asked, stages)
         return
 
+    from spray.data import cache
+    from spray.pipelines.compute.base import KNOWN
     from spray.pipelines.runner import locked, run_stages
 
     run_dir = Path(settings.runtime.output_dir)
     typed.run_dir = str(run_dir)
     _folder[:] = _folder or [run_dir]
-    with locked(run_dir):
+    known = run_dir / KNOWN if "attribute" in asked and typed.compute.name != "serial" else None
+    with locked(run_dir), cache.shared_in(known):
         handler = _log_to_file(run_dir / "run.log")
         try:
             _write_config(run_dir / ".hydra", config, settings)

@@ -179,6 +179,37 @@ def test_a_worker_can_probe_samples_and_keeps_nothing(
     assert len(probed) == 9
 
 
+def test_a_worker_decodes_with_its_threads_and_checks_no_file_again(
+    project: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the user's cache can't be written, as on nodes that share only the run directory."""
+    import spray.pipelines.attribute as stage
+    from spray.data import cache, checking, parallel
+    from spray.pipelines.compute.base import Job, make_worker
+
+    checked: list[int] = []
+    unread = checking.Check.unknown
+    monkeypatch.setattr(checking.Check, "unknown", lambda n: checked.append(n) or unread(n))
+    monkeypatch.setattr(cache, "_beside", [])
+    monkeypatch.setenv("SPRAY_CACHE", "/dev/null/none")
+
+    def compute(context: Context, job: Job, shards: object, on_done: object) -> None:
+        assert len(checked) == 2  # training and test images, by the command itself
+        before = torch.get_num_threads()
+        try:
+            worker = make_worker(job, 1)
+            assert parallel._pool()._max_workers == 1
+            assert worker.context.train.fingerprint == context.train.fingerprint
+        finally:
+            torch.set_num_threads(before)
+            parallel.set_threads(None)
+        assert len(checked) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "backend", lambda name: compute)
+    assert started(project, "worker", "compute=dask_local").code == 130
+
+
 def test_a_damaged_shard_is_computed_again(project: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     import spray.pipelines.attribute as stage
 

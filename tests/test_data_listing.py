@@ -303,6 +303,28 @@ def test_nothing_comes_of_a_cache_that_cannot_be_written(
     assert all(record.levelno == logging.DEBUG for record in caplog.records)
 
 
+def test_what_is_known_is_shared_with_those_who_do_not_see_the_cache(
+    tree: Path, tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_beside", [])
+    first = FolderDataset(tree, SIZE)
+    for own in ("/dev/null/cache", str(tmp_path / "cache")):  # found out anew, and looked up
+        shared = tmp_path / f"shared{len(own)}"
+        monkeypatch.setenv("SPRAY_CACHE", own)
+        with cache.shared_in(shared):
+            FolderDataset(tree, SIZE)
+        assert list(shared.glob("listings/*.npz"))
+        monkeypatch.setenv("SPRAY_CACHE", "/dev/null/elsewhere")
+        calls.clear()
+        cache.look_in(shared)
+        assert FolderDataset(tree, SIZE).fingerprint == first.fingerprint
+        assert (calls.listed, calls.decoded) == ([], [])
+    before = sorted(tmp_path.rglob("*.npz"))
+    put(tree / "a/new.png", 4)
+    assert len(FolderDataset(tree, SIZE)) == 13  # what is known is compared with the files as ever
+    assert sorted(tmp_path.rglob("*.npz")) == before
+
+
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SPRAY_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 FOLDER = "shards"
 """In the run directory: a folder for each key, which holds the shards that were computed with it."""
 
+KNOWN = f"{FOLDER}/.known"
+"""In the run directory: what workers have to know of the dataset's files, so that not each checks them all again."""
+
 MOST_TOLD = 20
 """Samples that could not be explained, named in the log of each process; all are in `quarantined.csv` in the end."""
 
@@ -103,12 +106,17 @@ def make_worker(job: Job, threads: int | None = None) -> ShardWorker:
     UserError
         If this machine sees other images or weights than the one that made the job.
     """
+    from spray.data import cache
+    from spray.data.parallel import set_threads
     from spray.pipelines.config import typed_config
     from spray.pipelines.context import Context
     from spray.storage import sha256
 
     if threads is not None:
         torch.set_num_threads(threads)
+        # Else each worker of a machine would decode with as many threads as that has cores.
+        set_threads(threads)
+    cache.look_in(Path(job.run_dir) / KNOWN)
     config = typed_config(job.config)
     context = Context(config, Path(job.run_dir), logging.getLogger("spray.worker"))
     if context.train.fingerprint != job.fingerprint:

@@ -10,7 +10,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,11 @@ log = logging.getLogger(__name__)
 MAX_ENTRIES, MAX_BYTES = 200, 2 << 30
 """The entries that were not used for longest are removed when there are more."""
 DAY = 86400.0
+
+_beside: list[Path] = []
+"""Folders where an entry is looked for that the user's cache lacks."""
+_copied_to: list[Path] = []
+"""Folders where every entry that is used is written, too."""
 
 
 def cache_folder() -> Path:
@@ -46,8 +52,44 @@ def cache_folder() -> Path:
 
 def load(kind: str, key: str) -> dict[str, np.ndarray] | None:
     """Return the arrays that were saved under a key; None if there are none or they are damaged."""
+    for folder in (None, *_beside):
+        arrays = _load(folder, kind, key)
+        if arrays is not None:
+            for copy in _copied_to:
+                _save(copy, kind, key, arrays)
+            return arrays
+    return None
+
+
+def save(kind: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Save arrays under a key, atomically; where that cannot be done it is not."""
+    for folder in (None, *_copied_to):
+        _save(folder, kind, key, arrays)
+
+
+@contextmanager
+def shared_in(folder: Path | None) -> Iterator[None]:
+    """While the block runs, write all that is remembered or looked up to this folder too, for other machines.
+
+    The user's cache may be one that these don't see, or that can't be written.
+    """
+    before = _copied_to[:]
+    _copied_to[:] = [] if folder is None else [folder]
     try:
-        path = _path(kind, key)
+        yield
+    finally:
+        _copied_to[:] = before
+
+
+def look_in(folder: Path) -> None:
+    """Look for what the user's cache lacks in this folder, from now on."""
+    _beside[:] = [folder]
+
+
+def _load(folder: Path | None, kind: str, key: str) -> dict[str, np.ndarray] | None:
+    """Return what is saved in a folder, by default the user's cache."""
+    try:
+        path = _path(folder, kind, key)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         os.utime(path)
@@ -59,10 +101,9 @@ def load(kind: str, key: str) -> dict[str, np.ndarray] | None:
     return arrays
 
 
-def save(kind: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Save arrays under a key, atomically; where that cannot be done it is not."""
+def _save(folder: Path | None, kind: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
     try:
-        path = _path(kind, key)
+        path = _path(folder, kind, key)
         with replacing(path) as temporary, temporary.open("xb") as file:
             # The stubs of NumPy take the names for its own options.
             np.savez(file, **dict(arrays))  # type: ignore[arg-type]
@@ -84,8 +125,8 @@ def unpack(content: np.ndarray, lengths: np.ndarray) -> list[str]:
     return [data[a:b].decode("utf-8", "surrogateescape") for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
-def _path(kind: str, key: str) -> Path:
-    return cache_folder() / kind / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.npz"
+def _path(folder: Path | None, kind: str, key: str) -> Path:
+    return (folder or cache_folder()) / kind / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.npz"
 
 
 def _prune(folder: Path) -> None:
