@@ -17,6 +17,7 @@ from spray.data.base import Normalizer
 from spray.data.folder import FolderDataset
 from spray.models.factory import call_factory
 from spray.pipelines.compute.base import seed
+from spray.pipelines.compute.serial import threads
 from spray.pipelines.context import Context
 
 SIZES = {"coffee": 20, "stone": 21}
@@ -317,3 +318,15 @@ def test_seeding_the_device_alone_is_torchs_own_seeding() -> None:
         how(7)
         drawn.append(torch.rand(5).tolist() + torch.randn(5).tolist())
     assert drawn[0] == drawn[1]
+
+
+def test_compute_threads_bounds_arithmetic_and_decoding() -> None:
+    from spray.data import parallel
+
+    before = torch.get_num_threads()
+    with threads(1):
+        assert (torch.get_num_threads(), parallel._pool()._max_workers) == (1, 1)
+    assert torch.get_num_threads() == before
+    assert parallel._pool()._max_workers >= 2
+    with threads(None):
+        assert torch.get_num_threads() == before

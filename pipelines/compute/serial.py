@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from spray.data.parallel import set_threads
 from spray.pipelines.compute.base import Job, ShardResult, ShardWorker
 from spray.pipelines.context import Context
 from spray.store.shards import Shard
@@ -23,10 +24,12 @@ def run(context: Context, job: Job, shards: Sequence[Shard], on_done: Callable[[
 
 @contextmanager
 def threads(n: int | None) -> Iterator[None]:
-    """Let torch compute with so many threads while the block runs; None leaves it at its own choice."""
+    """Let torch compute, and images be decoded, with so many threads while the block runs; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
+    set_threads(n)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        set_threads(None)
