@@ -15,11 +15,24 @@ from spray.correction.layers import candidates
 from spray.figures import fitted
 from spray.isolation.artifact import Artifact
 from spray.isolation.causal import Effect, SampleBias, measure_effect, sample_bias, shows
-from spray.isolation.choice import Trial, natural_changes, refitted, tried
+from spray.isolation.choice import (
+    ISOLATORS,
+    PARTS,
+    SAME_CONTENT,
+    SHARP,
+    WHOLE,
+    Trial,
+    isolate_near,
+    natural_changes,
+    refitted,
+    tried,
+)
 from spray.isolation.evidence import Evidence
-from spray.isolation.growing import FEWEST, FREE, Scorer, grow, inner_features, recognize
+from spray.isolation.growing import FEWEST, FREE, MOST, Scorer, boundary, grow, inner_features, recognize
+from spray.isolation.matching import alike
 from spray.isolation.statistics import statistics
 from spray.isolation.subgroups import subgroups
+from spray.pipelines.clusters import jaccard
 from spray.pipelines.context import Context
 from spray.store.reading import Rows
 from spray.training import batches
@@ -34,13 +47,22 @@ ADDED = 250
 """Samples without an artifact that it is added to, to learn how to recognize it."""
 GROWN = 3000
 """Most samples of a class that a cluster is grown among; all get their score in the end."""
+EXACT = 0.02
+"""By how much a match may fall short and still be one to rounding."""
+RAW = 16
+"""Fewest samples of a cluster that are looked at as they are ..."""
+SAME = 0.8
+"""... unless it grew to samples of which so many are the same (Jaccard index)."""
 FEATURES = 4096
 """Most inner activations that are looked at; of a model with more the first layers are left out."""
 
 
 @dataclass
 class Candidate:
-    """An isolated candidate and what was measured on it."""
+    """An isolated candidate and what was measured on it.
+
+    `ranked` says whether the ranking finds its cluster unusual, `unusual` whether that or its artifact does.
+    """
 
     class_index: int
     cluster: str
@@ -53,6 +75,7 @@ class Candidate:
     effect: Effect
     bias: SampleBias
     unusual: bool
+    ranked: bool
     verdict: str = "no_effect"
     p_value: float = 1.0
     removal_p_value: float = 1.0
@@ -66,6 +89,41 @@ class Candidate:
     def explained(self) -> float:
         """How well its artifact explains it: the evidence for the best trial."""
         return self.trials[0].evidence
+
+
+@dataclass(frozen=True)
+class Start:
+    """Samples of a class that an artifact may be isolated from.
+
+    Attributes
+    ----------
+    scorer : Scorer
+        Tells them from the rest.
+    scores : ndarray
+        (n,), of the class's samples, each by a fit without it.
+    carries : ndarray of bool
+        (n,): which they are.
+    """
+
+    scorer: Scorer
+    scores: np.ndarray
+    carries: np.ndarray
+
+
+@dataclass(frozen=True)
+class Recognized(Start):
+    """Samples in which an artifact was recognized, by `second`: a score of `scorer` and the match; scores are its."""
+
+    second: Scorer
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The explanations that were tried from some samples, the best first."""
+
+    start: Start
+    evidence: Evidence
+    trials: list[Trial]
 
 
 class Explainer:
@@ -94,6 +152,11 @@ class Explainer:
                 return names[start:]
         return names[-1:]
 
+    @cached_property
+    def n_statistics(self) -> int:
+        """How many of the features, the last ones, are statistics of the image alone."""
+        return statistics(self.context.train.batch(np.arange(1))).shape[1]
+
     def features(self, pixels: Tensor) -> np.ndarray:
         """Return what scores are made of, float64 (n, d), of pixels (n, C, H, W)."""
         parts = []
@@ -114,27 +177,20 @@ class Explainer:
         member = np.isin(of_class, members)
         if min(member.sum(), (~member).sum()) < FEWEST:
             return None
-        null, null_features = self._others(c)
-        first, scores, carries = grow(features, member, null_features, seed)
-        carries = _sensible(carries, member)
-        evidence = self._evidence(
-            _some(of_class[carries], options.n_samples, rng), _some(of_class[~carries], options.n_samples, rng)
-        )
-        trials = tried(
-            evidence,
-            c,
-            self.features,
-            first,
-            self._predict,
-            self.context.train.batch(null[:TRIED]),
-            seed,
-            unusual,
-        )
-        if not trials:
+        grown, *plain = self._starts(member, c)
+        attempts = [self._attempt(grown, c, rng, unusual)]
+        for start in plain:
+            attempts.append(self._attempt(start, c, rng, unusual, WHOLE))
+            attempts.append(self._attempt(start, c, rng, False, PARTS, matched=True))
+        attempts += self._again(attempts, c, rng)
+        attempts = [attempt for attempt in attempts if attempt.trials]
+        if not attempts:
             return None
+        best = max(attempts, key=lambda attempt: (attempt.trials[0].unnatural, attempt.trials[0].evidence))
+        trials, evidence, carries = best.trials, best.evidence, best.start.carries
         artifact = refitted(trials[0], evidence)
-        first, second, scores = self._recognized(artifact, first, scores, carries, of_class, features, c)
-        carries = _sensible(scores > second.threshold, carries)
+        found = self._recognized(artifact, best.start, of_class, features, c)
+        carries = _sensible(found.carries, carries)
         test, others = self.context.test, np.flatnonzero(self.context.test.labels != c)
         effect = measure_effect(
             self._predict,
@@ -146,47 +202,106 @@ class Explainer:
             seed,
             natural_changes(trials[0], evidence, seed),
         )
-        own = dict(zip(of_class.tolist(), scores.tolist(), strict=True))
-        bias = sample_bias(scores, carries, right)
-        unusual = unusual or trials[0].unnatural
-        return Candidate(c, cluster, artifact, of_class[carries], own, first, second, trials, effect, bias, unusual)
+        own = dict(zip(of_class.tolist(), found.scores.tolist(), strict=True))
+        bias = sample_bias(found.scores, carries, right)
+        kinds = unusual or trials[0].unnatural, unusual
+        scorers = found.scorer, found.second
+        return Candidate(c, cluster, artifact, of_class[carries], own, *scorers, trials, effect, bias, *kinds)
+
+    def _starts(self, member: np.ndarray, c: int) -> list[Start]:
+        """Return what an artifact is isolated from: the cluster grown and, where that is something else, as it is.
+
+        A cluster knows little of its samples but may be pure; grown by what the model sees of them it has more that
+        carry the artifact, and often others that look like them.
+        """
+        features, null, seed = self._class(c)[1], self._others(c)[1], self.context.config.seed
+        scorer, scores, carries = grow(features, member, null, seed)
+        starts = [Start(scorer, scores, _sensible(carries, member))]
+        if member.sum() >= RAW and not _alike(member, starts[0].carries):
+            scorer, scores, _ = grow(features, member, null, seed, rounds=1)
+            starts.append(Start(scorer, scores, member))
+        return starts
+
+    def _again(self, attempts: list[Attempt], c: int, rng: np.random.Generator) -> list[Attempt]:
+        """Look again at the sharpest of the same pieces of an image, from all samples of the class that show it.
+
+        What the cluster had in common besides, such as dark ground, is then gone. Changes of the whole image are not
+        looked at again: samples that look changed are a kind of image, too.
+        """
+        found = [
+            (trial, attempt)
+            for attempt in attempts
+            for trial in attempt.trials
+            if trial.isolator in SAME_CONTENT and trial.separation >= SHARP
+        ]
+        if not found:
+            return []
+        trial, attempt = max(found, key=lambda each: each[0].separation)
+        of_class, features, _ = self._class(c)
+        artifact = isolate_near(attempt.evidence) or refitted(trial, attempt.evidence)
+        start = self._recognized(artifact, attempt.start, of_class, features, c)
+        few, before = start.carries.sum() < RAW, attempt.start.carries
+        if few or (~start.carries).sum() < RAW or _alike(start.carries, before):
+            return []
+        return [self._attempt(start, c, rng, False, SAME_CONTENT, matched=True)]
+
+    def _attempt(
+        self,
+        start: Start,
+        c: int,
+        rng: np.random.Generator,
+        unusual: bool,
+        names: Sequence[str] = tuple(ISOLATORS),
+        matched: bool = False,
+    ) -> Attempt:
+        """Try to explain what some samples of a class share, by what the rest or its `matched` part has not."""
+        (of_class, features, _), most = self._class(c), self.context.config.isolate.n_samples
+        inside, outside = np.flatnonzero(start.carries), np.flatnonzero(~start.carries)
+        if matched:
+            rows = features[:, -self.n_statistics :]
+            outside = outside[alike(rows[inside], rows[outside])]
+        evidence = self._evidence(*(of_class[_some(each, most, rng)] for each in (inside, outside)))
+        others = self.context.train.batch(self._others(c)[0][:TRIED])
+        seed = self.context.config.seed
+        trials = tried(evidence, c, self.features, start.scorer, self._predict, others, seed, unusual, names)
+        return Attempt(start, evidence, trials)
 
     def _recognized(
-        self,
-        artifact: Artifact,
-        first: Scorer,
-        scores: np.ndarray,
-        carries: np.ndarray,
-        of_class: np.ndarray,
-        features: np.ndarray,
-        c: int,
-    ) -> tuple[Scorer, Scorer, np.ndarray]:
-        """Return what recognizes an artifact: a score of features, one of that and of the match, and its value.
+        self, artifact: Artifact, start: Start, of_class: np.ndarray, features: np.ndarray, c: int
+    ) -> Recognized:
+        """Return what recognizes an artifact: a score of features, and one of that and of the match.
 
         Learnt from images that it is added to; from the cluster itself where it can't be added, having no content.
+        Of the others those that match it, too, may be no examples of images without it: a cluster is seldom complete.
         """
+        first, scores, carries = start.scorer, start.scores, start.carries
         seed = self.context.config.seed
         null, null_features = self._others(c)
         matches, null_matches = (self._matches(artifact, indices) for indices in (of_class, null))
         if not shows(artifact):
-            pairs = np.stack([scores, matches], axis=1)
-            null_pairs = np.stack([first(null_features), null_matches], axis=1)
-            second, scores, _ = grow(pairs, carries, null_pairs, seed, FREE)
-            return first, second, scores
+            seen, null_seen = _together(scores, matches), _together(first(null_features), null_matches)
+            second, scores, _ = grow(seen, carries, null_seen, seed, FREE)
+            return Recognized(first, scores, scores > second.threshold, second)
         rng = np.random.default_rng([seed, c, 12])
         origin = _some(np.flatnonzero(~carries), ADDED, rng)
         pixels = artifact.insert(self.context.train.batch(of_class[origin]), rng.integers(0, 2**31, len(origin)))
-        first, scores, added = recognize(features, carries, self.features(pixels), origin, null_features, seed)
+        added_matches = _match(artifact, pixels)
+        left_out = carries | (matches > boundary(matches, added_matches, carries))
+        if left_out.mean() > MOST:
+            left_out = carries
+        kept = ~left_out[origin]
+        origin, pixels, added_matches = origin[kept], pixels[torch.from_numpy(kept)], added_matches[kept]
+        first, scores, added = recognize(features, left_out, self.features(pixels), origin, null_features, seed)
         second, scores, _ = recognize(
-            np.stack([scores, matches], axis=1),
-            carries,
-            np.stack([added, _match(artifact, pixels)], axis=1),
+            _together(scores, matches),
+            left_out,
+            _together(added, added_matches),
             origin,
-            np.stack([first(null_features), null_matches], axis=1),
+            _together(first(null_features), null_matches),
             seed,
             FREE,
         )
-        return first, second, scores
+        return Recognized(first, scores, scores > second.threshold, second)
 
     def groups(self, c: int, most: int) -> list[np.ndarray]:
         """Return groups of a class's samples that the model's inner activations show, see `subgroups`."""
@@ -204,9 +319,7 @@ class Explainer:
             pixels = self.context.train.batch(part)
             features = self.features(pixels)
             for row, candidate in zip(result, found, strict=True):
-                row[part] = candidate.second(
-                    np.stack([candidate.first(features), _match(candidate.artifact, pixels)], axis=1)
-                )
+                row[part] = candidate.second(_together(candidate.first(features), _match(candidate.artifact, pixels)))
         for row, candidate in zip(result, found, strict=True):
             row[list(candidate.own_scores)] = list(candidate.own_scores.values())
         return result
@@ -253,8 +366,21 @@ def _match(artifact: Artifact, pixels: Tensor) -> np.ndarray:
     return np.asarray(artifact.score(pixels).clamp(-1, 2).double().numpy())
 
 
+def _together(scores: np.ndarray, matches: np.ndarray) -> np.ndarray:
+    """Return what samples are told by, (n, 3): a score of features, the match, and how nearly exact that is.
+
+    The same piece of an image matches exactly, to rounding, and much else does half: a logarithm tells these apart.
+    """
+    return np.stack([scores, matches, np.log(EXACT) - np.log((1 - matches).clip(0) + EXACT)], axis=1)
+
+
 def _some(indices: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
     return np.sort(rng.permutation(indices)[:most])
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two sets of samples, as masks, are almost the same."""
+    return jaccard(np.flatnonzero(one), np.flatnonzero(other)) >= SAME
 
 
 def _sensible(grown: np.ndarray, before: np.ndarray) -> np.ndarray:

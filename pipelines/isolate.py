@@ -124,7 +124,8 @@ def _judge(candidates: list[Candidate]) -> None:
             candidate.artifact.constant,
             p_value,
             removal_p_value,
-            candidate.bias,
+            # What an artifact accounts for is no kind of sample.
+            candidate.bias if candidate.ranked else None,
             candidate.unusual,
             candidate.trials[0].accounts,
             candidate.trials[0].isolator not in WHOLE,

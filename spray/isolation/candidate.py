@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from spray.isolation.alignment import congeal, match, shifted
@@ -24,12 +26,24 @@ VISIBLE = 0.04
 CARRIED = 0.75
 """Share of the cluster's samples in which a pixel has to be constant."""
 
+EDGE = 0.1
+"""Least difference of neighbouring pixels, in units of the pixel range, that divides one part of it from another."""
+
+CLEARLY = 0.4
+SMALLEST = 4
+"""Fewest pixels of a part that others are compared with."""
+
 LARGEST = 0.5
 """An artifact covers at most so much of the image: what covers more is another image, not an addition to one."""
 
 
 def isolate(
-    images: Tensor, relevance: Tensor, other_images: Tensor, other_relevance: Tensor, radius: int | None = None
+    images: Tensor,
+    relevance: Tensor,
+    other_images: Tensor,
+    other_relevance: Tensor,
+    radius: int | None = None,
+    near: bool = False,
 ) -> Artifact | None:
     """Isolate what the samples of a cluster share and the rest of their class does not have.
 
@@ -43,6 +57,9 @@ def isolate(
         The same for other samples of the class.
     radius : int, optional
         By how many pixels it may be moved; a tenth of the shorter side where nothing is said.
+    near : bool
+        Whether only what ends near the relevance, within `radius`, belongs to it: samples that share an artifact may
+        have dark ground in common, too, and that hangs together with it.
 
     Returns
     -------
@@ -61,7 +78,11 @@ def isolate(
     spread = _differences(shifted(images, shift, radius), pattern, CARRIED)
     distance = _differences(shifted(other_images, other_shift, radius), pattern, 0.5)
     constant = (distance > VISIBLE) & (spread < CONSISTENT * distance)
-    mask, is_constant = _grow(salient(gain) if (gain > 0).any() else region, constant, gain)
+    region = salient(gain) if (gain > 0).any() else region
+    if near:
+        allowed = ndimage.binary_dilation(region.numpy(), iterations=radius)
+        constant = torch.from_numpy(_ending_within(allowed, constant.numpy(), pattern.numpy(), distance.numpy()))
+    mask, is_constant = _grow(region, constant, gain)
     unscaled = Artifact(mask, pattern, shift, 1.0, radius, is_constant)
     scale = float((1 - unscaled.score(other_images)).median())
     return replace(unscaled, scale=max(scale, 1e-6))
@@ -136,6 +157,29 @@ def _grow(region: Tensor, same: Tensor, gain: Tensor) -> tuple[Tensor, bool]:
     if share >= 0.25 and filled.mean() <= LARGEST:
         return torch.from_numpy(filled).float(), True
     return region.float(), False
+
+
+def _ending_within(allowed: np.ndarray, same: np.ndarray, pattern: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Return the parts of `same` (H, W) that lie within what is allowed, parts being divided by edges of the pattern.
+
+    What goes on beyond has its end elsewhere, if it has one. Nor do parts count that differ from the rest of the class,
+    at the median, by less than `CLEARLY` of what the clearest does.
+    """
+    height, width = same.shape
+    index = np.arange(height * width).reshape(height, width)
+    pairs = []
+    for one, other in (((slice(1, None), slice(None)), (slice(-1), slice(None))), (np.s_[:, 1:], np.s_[:, :-1])):
+        flat = np.abs(pattern[:, *one] - pattern[:, *other]).max(axis=0) <= EDGE
+        joined = same[one] & same[other] & flat
+        pairs.append(np.stack([index[one][joined], index[other][joined]]))
+    rows, columns = np.concatenate(pairs, axis=1)
+    graph = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(index.size, index.size))
+    part = connected_components(graph, directed=False)[1].reshape(height, width)
+    within = same & ~np.isin(part, part[same & ~allowed])
+    size = np.bincount(part[within], minlength=index.size)
+    apart = np.bincount(part[within], weights=distance[within], minlength=index.size) / np.maximum(size, 1)
+    clearest = apart[size >= SMALLEST].max(initial=0.0)
+    return within & (apart >= CLEARLY * clearest)[part]
 
 
 def scores(artifact: Artifact, batches: Iterator[Tensor]) -> np.ndarray:

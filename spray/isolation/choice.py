@@ -31,7 +31,15 @@ def isolate_local(evidence: Evidence) -> Artifact | None:
     return found if found is not None and found.constant else None
 
 
+def isolate_near(evidence: Evidence) -> Artifact | None:
+    """Isolate the same near the relevance alone."""
+    parts = (evidence.images, evidence.relevance, evidence.other_images, evidence.other_relevance)
+    found = isolate(*parts, near=True)
+    return found if found is not None and found.constant else None
+
+
 ISOLATORS: dict[str, Isolator] = {
+    "near": isolate_near,
     "local": isolate_local,
     "colored": isolate_colored,
     "uncolored": isolate_uncolored,
@@ -56,10 +64,12 @@ SIMPLER = 0.01
 """An isolator has to be better by so much than the one before it."""
 
 
-SAME_CONTENT = ("local", "scattered")
+SAME_CONTENT = ("near", "local", "scattered")
 """Isolators of the same piece of an image in all samples, which natural kinds of images don't have."""
 WHOLE = ("faded", "shade", "veil", "change", "background")
 """Isolators that explain a cluster by a change of the whole image."""
+PARTS = tuple(name for name in ISOLATORS if name not in WHOLE)
+"""Isolators of something that is on the image."""
 LIKE_ENOUGH = 0.8
 """Least likeness of what such a change makes of the rest.
 
@@ -73,8 +83,12 @@ ALIKE = 0.65
 
 Natural kinds of images differ in more than one thing: whatever is added to the others, they can still be told apart.
 """
+SHARP = 0.9
+"""Least separation of what is looked at again from all samples that show it, whatever else the cluster shares."""
 RESEMBLES = 0.5
 """Least likeness from which on a change of the whole image is fitted more closely, which takes a while."""
+SEPARATED = 0.75
+"""Least separation by its own score: what makes the cluster is found in it."""
 REPLACED = 0.55
 """Most of an image that an artifact may take the place of and still be one: more, and it is another image. All images
 become like a group of flat ones if they are blended with its colour enough."""
@@ -132,7 +146,7 @@ class Trial:
     @property
     def accounts(self) -> bool:
         """Whether the artifact, with content of its own, is all that tells the cluster's samples from the rest."""
-        alike = self.apart >= APART and self.left <= ALIKE
+        alike = self.apart >= APART and self.left <= ALIKE and self.separation >= SEPARATED
         return alike and shows(self.artifact) and self.artifact.replaced <= REPLACED
 
     @property
@@ -166,6 +180,7 @@ def tried(
     others: Tensor,
     seed: int,
     unusual: bool = True,
+    names: Sequence[str] = tuple(ISOLATORS),
 ) -> list[Trial]:
     """Try isolators on half of the samples, and gather the evidence on the other half.
 
@@ -188,6 +203,8 @@ def tried(
     unusual : bool
         Whether the ranking finds the cluster unusual. If not, and no explanation shows that it is, there won't be a
         verdict, and no effects are measured.
+    names : sequence of str
+        Of the isolators that are tried.
 
     Returns
     -------
@@ -221,8 +238,8 @@ def tried(
         )
 
     trials = []
-    for name, isolator in ISOLATORS.items():
-        artifact = isolator(first)
+    for name in names:
+        artifact = ISOLATORS[name](first)
         if artifact is None:
             continue
         trial = judged(name, artifact)

@@ -26,6 +26,8 @@ FARTHEST = 8.0
 """Most standard deviations by which a feature of a sample with an artifact added may be off: no network saw such."""
 SHARES = (0.02, 0.6)
 """Least and largest share of a class that carries an artifact at first."""
+NARROWEST = 0.05
+"""Least standard deviation of the scores of what an artifact was added to: true samples have it rounded and cut off."""
 STEPS = 100
 """Of expectation maximization."""
 
@@ -54,7 +56,12 @@ class Scorer:
 
 
 def grow(
-    features: np.ndarray, member: np.ndarray, null: np.ndarray, seed: int, penalty: float | None = None
+    features: np.ndarray,
+    member: np.ndarray,
+    null: np.ndarray,
+    seed: int,
+    penalty: float | None = None,
+    rounds: int = ROUNDS,
 ) -> tuple[Scorer, np.ndarray, np.ndarray]:
     """Grow a cluster to all samples of its class that are like it, and drop those of it that are not.
 
@@ -74,6 +81,8 @@ def grow(
     penalty : float, optional
         On the squared weights of standardised features. Where nothing is said it is what shrinks their covariance by as
         much as Ledoit and Wolf (2004) find best: there may be more features than samples.
+    rounds : int
+        Most turns taken. After a single one the classifier is of the cluster as it was given.
 
     Returns
     -------
@@ -89,13 +98,14 @@ def grow(
     penalty = _shrinkage(x, others) if penalty is None else penalty
     folds = np.random.default_rng([seed, 11]).permutation(len(x)) % FOLDS
     scores = np.zeros(len(x))
-    for _ in range(ROUNDS):
+    for turn in range(1, rounds + 1):
         for fold in range(FOLDS):
             used = folds != fold
             w, b = _fit(x[used], member[used], others, penalty)
             scores[~used] = x[~used] @ w + b
         carries = scores > split(scores, member)
-        if carries.sum() < FEWEST or carries.mean() > MOST or (carries == member).all():
+        few_or_most = carries.sum() < FEWEST or carries.mean() > MOST
+        if few_or_most or (carries == member).all() or turn == rounds == 1:
             break
         member = carries
     w, b = _fit(x, member, others, penalty)
@@ -180,7 +190,7 @@ def boundary(scores: np.ndarray, added: np.ndarray, carries: np.ndarray) -> floa
     from scipy.stats import norm
 
     middle = float(np.median(added))
-    width = max(1.4826 * float(np.median(np.abs(added - middle))), 1e-3)
+    width = max(1.4826 * float(np.median(np.abs(added - middle))), NARROWEST)
     share = float(np.clip(carries.mean(), *SHARES))
     low, spread = float(scores[~carries].mean()), float(scores[~carries].std()) + 1e-6
 
