@@ -201,6 +201,7 @@ class Explainer:
             self.context.train.batch(_some(of_class[~carries], options.n_samples, rng)),
             seed,
             natural_changes(trials[0], evidence, seed),
+            self.context.train.batch(_some(self._others(c)[0], options.n_samples, rng)) if trials[0].accounts else None,
         )
         own = dict(zip(of_class.tolist(), found.scores.tolist(), strict=True))
         bias = sample_bias(found.scores, carries, right)

@@ -21,7 +21,7 @@ from spray.pipelines.isolated import load_artifact, save_artifact
 from tests.worlds import SIDE, World, scenes
 
 KINDS = {
-    "tag": ({"kind": "tag"}, {"local"}),
+    "tag": ({"kind": "tag"}, {"near"}),
     "frame": ({"kind": "frame", "size": 3, "jitter": 1}, {"colored"}),
     "watermark": ({"kind": "watermark"}, {"blended"}),
     "vignette": ({"kind": "vignette"}, {"shade"}),
@@ -92,9 +92,35 @@ def test_natural_changes_are_those_of_groups_of_the_rest() -> None:
 
 
 def test_isolators_are_in_order_of_simplicity() -> None:
-    assert next(iter(ISOLATORS)) == "local"
+    assert list(ISOLATORS)[:2] == ["near", "local"]
     assert list(ISOLATORS)[-1] == "donated"
     assert choice.separation(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])) == pytest.approx(0.875)
+
+
+def test_what_shares_dark_ground_and_a_mark_is_explained_by_the_mark_near_the_relevance() -> None:
+    world = World(kind="box", size=6, place="bottom_right", jitter=1)
+    dark, ground = 0.05 * world.clean[:24], 0.05 * scenes(48, 12)
+    images, opacity = world.plant.mark(dark, [f"{i}" for i in range(24)])
+    maps = world.evidence.relevance[:24] - world.opacity[:24] + opacity
+    evidence = Evidence(images, maps, world.other, world.evidence.other_relevance)
+    whole, near = ISOLATORS["local"](evidence), ISOLATORS["near"](evidence)
+    assert near is not None
+    found = near.found(images)[:, 0] > 0.5
+    assert float((found & (opacity > 0.5)).sum() / (found | (opacity > 0.5)).sum()) > 0.9
+    # Connected constant pixels alone take the ground along.
+    assert whole is None or whole.mask.sum() > 2 * near.mask.sum()
+    # On ground that is as dark without the mark, both see the mark alone.
+    like = Evidence(images, maps, ground, world.evidence.other_relevance[:48])
+    for name in ("near", "local"):
+        alone = ISOLATORS[name](like)
+        assert alone is not None
+        assert float(alone.mask.sum()) == pytest.approx(36, abs=8)
+
+
+def test_an_explanation_has_to_be_found_in_what_it_explains() -> None:
+    trial = Trial("local", a_piece(), likeness=1.0, explained=1.0, separation=0.9, apart=0.95, still_apart=0.5)
+    assert trial.accounts
+    assert not replace(trial, separation=0.5).accounts
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from spray.isolation import growing
 from spray.isolation.growing import FREE, boundary, grow, inner_features, recognize, split
 
 
@@ -33,15 +32,13 @@ def test_an_impure_half_of_the_carriers_grows_to_all_of_them(d: int) -> None:
     assert (scorer(cloud(3, 100, d, 6.0)) > scorer.threshold).mean() >= 0.95
 
 
-def test_scores_of_samples_come_from_fits_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_samples_come_from_fits_without_them() -> None:
     # Noise with more features than samples: fitted on all, everything separates; held out, nothing does.
     features, null = cloud(0, 100, 400, 0.0), cloud(1, 100, 400, 0.0)
     member = np.arange(100) < 30
-    monkeypatch.setattr(growing, "ROUNDS", 0)
-    fitted = grow(features, member, null, 0)[0](features)
+    fitted = grow(features, member, null, 0, rounds=0)[0](features)
     assert (fitted[member][:, None] > fitted[~member]).mean() > 0.9
-    monkeypatch.setattr(growing, "ROUNDS", 1)
-    scores = grow(features, member, null, 0)[1]
+    scores = grow(features, member, null, 0, rounds=1)[1]
     assert 0.3 < (scores[member][:, None] > scores[~member]).mean() < 0.7
 
 
@@ -50,6 +47,16 @@ def test_the_seed_decides() -> None:
     member = np.arange(80) < 30
     first, second = (grow(features, member, null, 7, FREE)[1] for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+def test_a_single_turn_leaves_the_cluster_as_it_is() -> None:
+    # Three groups: the cluster is one of two that are alike; grown it takes the other one in.
+    features = np.concatenate([cloud(0, 40, 12, 4.0), cloud(1, 40, 12, 3.5), cloud(2, 200, 12, 0.0)])
+    member = np.arange(280) < 40
+    null = cloud(3, 200, 12, 0.0)
+    kept = grow(features, member, null, 0, rounds=1)[0]
+    assert np.median(kept(features)[:40]) == pytest.approx(1, abs=0.1)
+    assert grow(features, member, null, 0)[2][40:80].mean() > 0.9
 
 
 def test_the_split_lies_in_the_gap() -> None:

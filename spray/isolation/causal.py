@@ -49,7 +49,7 @@ class Effect:
     flip_rate : float
         Share of other classes' images that are predicted as the artifact's class once it is added.
     control_flip_rate : float
-        The same with content from the class's images without the artifact, at the same place.
+        The same with content from images without the artifact, at the same place.
     logit_gain : float
         Mean rise of the class's logit, against the largest of the others', when the artifact is added, minus the
         control's.
@@ -120,6 +120,7 @@ def measure_effect(
     donors: Tensor,
     seed: int,
     controls: Sequence[Artifact] = (),
+    content: Tensor | None = None,
 ) -> Effect:
     """Add the artifact to other classes' images and replace it in its own, each against a control.
 
@@ -142,6 +143,9 @@ def measure_effect(
     controls : sequence of Artifact
         For an artifact that changes whole images: such changes as there are between other samples of the class. They
         take the place of the donors' content.
+    content : Tensor, optional
+        (l, C, H, W): images that the control's content is from instead. The class's own is the control of what may be
+        a natural part of it; of what accounts for its cluster, and so is none, any other image's is.
 
     Returns
     -------
@@ -171,7 +175,7 @@ def measure_effect(
                 parts[mine] = _no_stronger(others[mine], change, artifact, draws[mine])
         control = predict(parts)
     else:
-        control = add(content_of(donors))
+        control = add(content_of(donors if content is None else content))
     flips, control_flips = (logits.argmax(dim=1) == target for logits in (added, control))
     only = int((flips & ~control_flips).sum())
     discordant = int((flips ^ control_flips).sum())
