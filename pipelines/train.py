@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 from spray.data.truth import FILES, write_truth
+from spray.errors import UserError
 from spray.pipelines.context import Context
 from spray.pipelines.stage import Stage
 from spray.pipelines.weights import save_weights
@@ -32,6 +34,11 @@ def run(context: Context) -> dict[str, Any]:
         start = time.monotonic()
 
         def report(epoch: int, loss: float) -> None:
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"training has diverged: the loss of epoch {epoch} is not finite; give a lower "
+                    "model.learning_rate, or weights as model.checkpoint"
+                )
             losses.append(round(loss, 6))
             left = (time.monotonic() - start) / epoch * (options.epochs - epoch)
             context.log.info("epoch %d/%d: loss %.4f, %.0f s left", epoch, options.epochs, loss, left)

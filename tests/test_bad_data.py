@@ -81,6 +81,12 @@ def test_weights_that_diverge_are_refused(start: Start) -> None:
     assert_refused(start({"coffee": 8, "stone": 8}, "model.learning_rate=1e30"), "not finite")
 
 
+def test_a_loss_that_is_not_a_number_is_told(start: Start, tmp_path: Path) -> None:
+    said = start({"coffee": 8, "stone": 8}, "model.learning_rate=1e30", "model.epochs=4", "model.batch_size=4")
+    assert_refused(said, "diverged", "not finite", "learning_rate")
+    assert not (tmp_path / "run/model.pt").exists()
+
+
 def test_one_class_is_refused(start: Start) -> None:
     assert_refused(start({"coffee": 8}), "one class only", "coffee")
 
