@@ -58,9 +58,10 @@ def test_fifty_kills_leave_no_trace(prepared: tuple[Path, bytes], tmp_path: Path
     files = results(tmp_path)
     assert files
     assert all(data == prepared[1] for data in files)
-    # A kill after the stage was recorded may leave its shards: the next start tidies up.
-    for left in tmp_path.glob("run*/shards"):
-        assert "attribute: up to date" in small.run(*COMMON, f"run_dir={left.parent}").out
+    # A kill after the stage was recorded may leave its shards, or half of what is written last: the next start tidies up.
+    for run in tmp_path.glob("run*"):
+        if (run / "shards").exists() or any(run.rglob(".*.tmp")):
+            assert "attribute: up to date" in small.run(*COMMON, f"run_dir={run}").out
     assert not list(tmp_path.glob("run*/shards"))
     assert not list(tmp_path.rglob(".*.tmp"))
 
