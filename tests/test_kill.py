@@ -58,7 +58,7 @@ def test_fifty_kills_leave_no_trace(prepared: tuple[Path, bytes], tmp_path: Path
     files = results(tmp_path)
     assert files
     assert all(data == prepared[1] for data in files)
-    # A kill after the stage was recorded may leave its shards, or half of what is written last: the next start tidies up.
+    # A kill after the stage was recorded may leave its shards, or half of what is written last: the next start tidies.
     for run in tmp_path.glob("run*"):
         if (run / "shards").exists() or any(run.rglob(".*.tmp")):
             assert "attribute: up to date" in small.run(*COMMON, f"run_dir={run}").out
