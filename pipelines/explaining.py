@@ -30,6 +30,7 @@ from spray.isolation.choice import (
 from spray.isolation.evidence import Evidence
 from spray.isolation.growing import FEWEST, FREE, MOST, Scorer, boundary, grow, inner_features, recognize
 from spray.isolation.matching import alike
+from spray.isolation.matted import Colored
 from spray.isolation.statistics import statistics
 from spray.isolation.subgroups import subgroups
 from spray.pipelines.clusters import jaccard
@@ -280,25 +281,28 @@ class Explainer:
         null, null_features = self._others(c)
         matches, null_matches = (self._matches(artifact, indices) for indices in (of_class, null))
         if not shows(artifact):
-            seen, null_seen = _together(scores, matches), _together(first(null_features), null_matches)
+            seen, null_seen = (
+                _together(artifact, *part) for part in ((scores, matches), (first(null_features), null_matches))
+            )
             second, scores, _ = grow(seen, carries, null_seen, seed, FREE)
             return Recognized(first, scores, scores > second.threshold, second)
         rng = np.random.default_rng([seed, c, 12])
         origin = _some(np.flatnonzero(~carries), ADDED, rng)
         pixels = artifact.insert(self.context.train.batch(of_class[origin]), rng.integers(0, 2**31, len(origin)))
         added_matches = _match(artifact, pixels)
-        left_out = carries | (matches > boundary(matches, added_matches, carries))
-        if left_out.mean() > MOST:
-            left_out = carries
+        left_out = carries
+        if artifact.exact or isinstance(artifact, Colored):  # other scores are classifiers of the very same samples
+            left_out = carries | (matches > boundary(matches, added_matches, carries))
+            left_out = carries if left_out.mean() > MOST else left_out
         kept = ~left_out[origin]
         origin, pixels, added_matches = origin[kept], pixels[torch.from_numpy(kept)], added_matches[kept]
         first, scores, added = recognize(features, left_out, self.features(pixels), origin, null_features, seed)
         second, scores, _ = recognize(
-            _together(scores, matches),
+            _together(artifact, scores, matches),
             left_out,
-            _together(added, added_matches),
+            _together(artifact, added, added_matches),
             origin,
-            _together(first(null_features), null_matches),
+            _together(artifact, first(null_features), null_matches),
             seed,
             FREE,
         )
@@ -320,7 +324,8 @@ class Explainer:
             pixels = self.context.train.batch(part)
             features = self.features(pixels)
             for row, candidate in zip(result, found, strict=True):
-                row[part] = candidate.second(_together(candidate.first(features), _match(candidate.artifact, pixels)))
+                artifact = candidate.artifact
+                row[part] = candidate.second(_together(artifact, candidate.first(features), _match(artifact, pixels)))
         for row, candidate in zip(result, found, strict=True):
             row[list(candidate.own_scores)] = list(candidate.own_scores.values())
         return result
@@ -367,12 +372,15 @@ def _match(artifact: Artifact, pixels: Tensor) -> np.ndarray:
     return np.asarray(artifact.score(pixels).clamp(-1, 2).double().numpy())
 
 
-def _together(scores: np.ndarray, matches: np.ndarray) -> np.ndarray:
-    """Return what samples are told by, (n, 3): a score of features, the match, and how nearly exact that is.
+def _together(artifact: Artifact, scores: np.ndarray, matches: np.ndarray) -> np.ndarray:
+    """Return what samples are told by, (n, 2 or 3): a score of features, the match, and how nearly exact that is.
 
     The same piece of an image matches exactly, to rounding, and much else does half: a logarithm tells these apart.
     """
-    return np.stack([scores, matches, np.log(EXACT) - np.log((1 - matches).clip(0) + EXACT)], axis=1)
+    columns = [scores, matches]
+    if artifact.exact:
+        columns.append(np.log(EXACT) - np.log((1 - matches).clip(0) + EXACT))
+    return np.stack(columns, axis=1)
 
 
 def _some(indices: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:

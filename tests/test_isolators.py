@@ -246,6 +246,20 @@ def test_content_that_always_differs_has_donors() -> None:
     assert ((mask > 0) & (mask < 1)).any()
 
 
+def test_where_content_always_differs_the_texture_tells_who_carries_it() -> None:
+    world = World(kind="timestamp", size=5, jitter=0, color="random")
+    flat, others = 0.9 * torch.ones(N, 3, SIDE, SIDE), 0.9 * torch.ones(REST, 3, SIDE, SIDE)
+    images, _ = world.plant.mark(flat, [f"{i}" for i in range(N)])
+    evidence = Evidence(images, world.evidence.relevance, others, world.evidence.other_relevance)
+    found = isolate_donated(evidence)
+    assert found is not None
+    assert not found.constant
+    # Matched with what they show at the median, those without it would come closer.
+    assert separation(found.score(images), found.score(others)) > 0.99
+    assert float(found.score(images).median()) == pytest.approx(1, abs=0.05)
+    assert float(found.score(others).median()) == pytest.approx(0, abs=0.05)
+
+
 def test_controls_change_images_by_as_much() -> None:
     change = isolate_change(World(kind="tint").evidence)
     assert change is not None

@@ -39,6 +39,8 @@ class Artifact:
     """
 
     kind: ClassVar[str] = "local"
+    exact: ClassVar[bool] = True
+    """Whether a score of 1 says that an image shows it exactly; or as much as its samples typically do."""
 
     mask: Tensor
     pattern: Tensor

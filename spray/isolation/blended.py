@@ -36,6 +36,7 @@ class Blended(Artifact):
     """
 
     kind: ClassVar[str] = "blended"
+    exact: ClassVar[bool] = False
 
     template: Tensor
     weights: Tensor

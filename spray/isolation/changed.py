@@ -44,6 +44,7 @@ class Changed(Artifact):
     """
 
     kind: ClassVar[str] = "global"
+    exact: ClassVar[bool] = False
 
     gain: Tensor
     offset: Tensor

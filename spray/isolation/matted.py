@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spray.isolation.artifact import ARTIFACTS, Artifact
 from spray.isolation.candidate import LARGEST, isolate, relevance_gain, salient
 from spray.isolation.evidence import Evidence
+from spray.isolation.statistics import discriminant
 
 DONORS = 48
 """Most donors that are kept."""
@@ -34,12 +35,11 @@ LEVELS = 16
 """Levels of each channel that colours are counted by."""
 
 
-@ARTIFACTS.register("varying")
 @dataclass(frozen=True)
 class Donated(Artifact):
-    """An artifact whose samples share a place but not the content: donors (d, C, H, W) with mattes (d, H, W)."""
+    """An artifact whose samples do not share the content: donors (d, C, H, W) with mattes (d, H, W)."""
 
-    kind: ClassVar[str] = "varying"
+    exact: ClassVar[bool] = False
 
     donors: Tensor
     mattes: Tensor
@@ -48,6 +48,24 @@ class Donated(Artifact):
         """Return masks (n, 1, H, W) and contents (n, C, H, W) of the donors that were drawn, where these have it."""
         which = torch.from_numpy(np.asarray(draws) % len(self.donors))
         return self.mattes[which, None].float(), self.donors[which].float()
+
+
+@ARTIFACTS.register("varying")
+@dataclass(frozen=True)
+class Varying(Donated):
+    """An artifact whose samples share a place alone.
+
+    Nothing that it shows is the same, so that its score is one of `texture` there: `weights` (d,) and a `bias`.
+    """
+
+    kind: ClassVar[str] = "varying"
+
+    weights: Tensor
+    bias: float
+
+    def score(self, images: Tensor) -> Tensor:
+        """Return how much an image is at this place like the cluster, 1, rather than like the rest, 0, (n,)."""
+        return texture(images, self.mask) @ self.weights.to(images) + self.bias
 
 
 @ARTIFACTS.register("colored")
@@ -92,6 +110,23 @@ class Colored(Donated):
 
     def _filled(self, images: Tensor) -> Tensor:
         return (self._matte(images) * self.weights.to(images)).sum(dim=(1, 2))
+
+
+def texture(images: Tensor, mask: Tensor) -> Tensor:
+    """Return what pixels inside a mask (H, W) are like, (n, 5 C): of each channel mean, spread, extremes, edges.
+
+    Edges are the mean absolute difference of neighbours.
+    """
+    inside = mask > 0.05
+    values = images[:, :, inside]
+    steps = [
+        ((images[:, :, 1:] - images[:, :, :-1]).abs(), inside[1:] & inside[:-1]),
+        ((images[:, :, :, 1:] - images[:, :, :, :-1]).abs(), inside[:, 1:] & inside[:, :-1]),
+    ]
+    edges = torch.cat([step[:, :, both] for step, both in steps], dim=2)
+    edges = edges.mean(dim=2) if edges.shape[2] else torch.zeros_like(values[:, :, 0])
+    spread = values.std(dim=2, correction=0)
+    return torch.cat([values.mean(dim=2), spread, values.amin(dim=2), values.amax(dim=2), edges], dim=1)
 
 
 def closed(masks: Tensor, radius: int) -> Tensor:
@@ -178,7 +213,8 @@ def isolate_donated(evidence: Evidence) -> Artifact | None:
     soft = torch.from_numpy(ndimage.gaussian_filter(ndimage.binary_dilation(found.mask.numpy()).astype("f4"), 0.5))
     donors = evidence.images[:DONORS]
     parts = (found.pattern, torch.zeros(1, 2, dtype=torch.int64), found.scale, found.radius, False)
-    return Donated(soft, *parts, donors.half(), soft.expand(len(donors), -1, -1).half())
+    w, b = discriminant(*(texture(images, soft) for images in (evidence.images, evidence.other_images)))
+    return Varying(soft, *parts, donors.half(), soft.expand(len(donors), -1, -1).half(), w, b)
 
 
 def isolate_colored(evidence: Evidence) -> Colored | None:
