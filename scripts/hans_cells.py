@@ -223,7 +223,7 @@ def make(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str] = ()
     folder = out / cell.name
     overrides = [*cell.overrides(out, methods), *more]
     record = read_record(folder)
-    if record is not None and record["overrides"] == overrides:
+    if record is not None and record["overrides"] == overrides and "idle" not in record:
         return record
     shared = out / CEILINGS / f"{cell.dataset}-seed{cell.seed}"
     folder.mkdir(parents=True, exist_ok=True)

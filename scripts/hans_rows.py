@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,7 @@ OF_TRUE_ARTIFACT = (
     "tcav_sensitivity",
 )
 RELIES = 0.05
+_COMPOSING = Lock()
 OVERLAP = 0.5
 """Least share of an artifact's samples that must carry a planted one for it not to be a false alarm."""
 
@@ -95,9 +97,28 @@ def rows_of(record: Mapping[str, Any], out: Path) -> list[dict[str, Any]]:
     stamp = [VERSION, (folder / "cell.json").stat().st_mtime_ns]
     if path.is_file() and (kept := json.loads(path.read_text()))["stamp"] == stamp:
         return list(kept["rows"])
-    rows = _compute(cell, record, folder)
+    rows = [_idle(cell, record)] if "idle" in record else _compute(cell, record, folder)
     write_text(path, json.dumps({"stamp": stamp, "rows": rows}))
     return rows
+
+
+def _idle(cell: Cell, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of a cell that ended with its training, since its model does not rely on its artifact."""
+    clean, attacked, ceiling = record["idle"]
+    return {
+        "cell": cell.name,
+        "dataset": cell.dataset,
+        "arm": cell.arm,
+        "kind": cell.kind,
+        "rate": cell.rate,
+        "seed": cell.seed,
+        "clean_accuracy_of_others": clean,
+        "attacked_accuracy_of_others": attacked,
+        "attacked_ceiling": ceiling,
+        "relies": False,
+        "false_alarms": 0,
+        "model": "original",
+    }
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -161,10 +182,14 @@ def _reliance(models: Mapping[str, Any]) -> dict[str, Any]:
         "attacked_accuracy_of_others": attacked,
         "attacked_ceiling": ceiling.get("attacked_accuracy"),
     }
+    return facts | {"relies": relies(clean, attacked, facts["attacked_ceiling"])}
+
+
+def relies(clean: float | None, attacked: float | None, ceiling: float | None) -> bool:
+    """Return whether an artifact costs a model `RELIES`, and as much more than one that was trained on clean data."""
     if clean is None or attacked is None:
-        return facts | {"relies": False}
-    at_least = facts["attacked_ceiling"]
-    return facts | {"relies": clean - attacked >= RELIES and (at_least is None or at_least - attacked >= RELIES)}
+        return False
+    return clean - attacked >= RELIES and (ceiling is None or ceiling - attacked >= RELIES)
 
 
 def ranked(classes: Sequence[Mapping[str, Any]], class_index: int) -> dict[str, Any]:
@@ -264,9 +289,15 @@ class _Configured:
         return list(self.given)
 
 
+def configured(folder: Path, overrides: Sequence[str]) -> Any:
+    """Return the context of a cell that was run with this configuration; Hydra composes one at a time."""
+    with _COMPOSING:
+        return context_of(_Configured(folder.name, tuple(overrides)), folder.parent)
+
+
 def images_of(folder: Path, overrides: Sequence[str]) -> Any:
     """Return a cell's training images, with what is planted in them."""
-    return context_of(_Configured(folder.name, tuple(overrides)), folder.parent).train
+    return configured(folder, overrides).train
 
 
 def _iou(folder: Path, name: str, truth: Mapping[str, Any], dataset: Any, most: int = 200) -> float | None:

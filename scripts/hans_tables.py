@@ -85,7 +85,8 @@ _FOUND = (
 def alarms(cells: Sequence[Row]) -> str:
     """Return the table of false verdicts, for each set and arm."""
     lines = _head("set, arm | models | with a false verdict | false verdicts per model | candidates tested")
-    for (dataset, arm), group in grouped(cells, "dataset", "arm").items():
+    explained = [row for row in cells if row.get("n_candidates") is not None]
+    for (dataset, arm), group in grouped(explained, "dataset", "arm").items():
         false = [row["false_alarms"] for row in group]
         with_one = sum(n > 0 for n in false)
         tested = sum(row["n_candidates"] for row in group)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import hans_bench
 import hans_cells
+import hans_reliance
 import hans_rows
 import hans_tables
 from hans_cells import KINDS, SETS, Cell
@@ -246,3 +247,35 @@ def test_the_quick_study(tmp_path: Path) -> None:
     assert again.returncode == 0
     assert again.stdout == said.stdout
     assert folder.joinpath("rows.json").stat().st_mtime < (tmp_path / "hans.csv").stat().st_mtime
+
+
+def test_a_cell_whose_model_does_not_rely_ends_with_its_training(tmp_path: Path) -> None:
+    cell = Cell("photos32", 0, "planted", "blur", 0.2)
+    overrides = cell.overrides(tmp_path, ("a_clarc",))
+    record = {"dataset": "photos32", "seed": 0, "arm": "planted", "kind": "blur", "rate": 0.2}
+    record |= {"overrides": overrides, "seconds": 0.0, "idle": [0.8, 0.7, 0.7]}
+    folder = tmp_path / cell.name
+    folder.mkdir()
+    (folder / "cell.json").write_text(json.dumps(record))
+    assert hans_reliance.idle(cell, tmp_path, ("a_clarc",), []) == record
+    rows = hans_rows.rows_of(record, tmp_path)
+    assert [row["relies"] for row in rows] == [False]
+    said = hans_tables.summary(rows)
+    assert "0 of 1 models rely" in said
+    assert f"{cell.name}: accuracy 0.800, 0.700 with the artifact; trained on clean data 0.700" in said
+    # What was not explained says nothing of false verdicts.
+    assert "photos32, planted | 1 |" not in said
+
+
+@pytest.mark.parametrize(
+    ("clean", "attacked", "ceiling", "expected"),
+    [
+        (0.8, 0.7, 0.8, True),
+        (0.8, 0.7, 0.72, False),
+        (0.8, 0.77, 0.9, False),
+        (0.8, 0.7, None, True),
+        (None, 0.7, 0.8, False),
+    ],
+)
+def test_what_relying_is(clean: float | None, attacked: float, ceiling: float | None, expected: bool) -> None:
+    assert hans_rows.relies(clean, attacked, ceiling) is expected
