@@ -111,6 +111,38 @@ def test_a_full_disk_is_told_and_nothing_is_lost(prepared: tuple[Path, bytes], l
     assert (run_dir / "attributions.h5").read_bytes() == prepared[1]
 
 
+@pytest.mark.parametrize("years", [-20, 20])
+def test_a_clock_that_jumped_between_two_starts_changes_nothing(
+    prepared: tuple[Path, bytes], tmp_path: Path, years: int
+) -> None:
+    import shutil
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(prepared[0], run_dir)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spray.pipelines.cli", *COMMON, f"run_dir={run_dir}"], stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None and len(list(run_dir.glob("shards/*/*.h5"))) < 5:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    # What the first start wrote, and wrote down, has the time of another clock.
+    seconds = years * 365 * 86400
+    for path in run_dir.rglob("*"):
+        os.utime(path, (path.stat().st_atime + seconds, path.stat().st_mtime + seconds))
+    record = json.loads((run_dir / "run.json").read_text())
+    attribute = record["stages"]["attribute"]
+    assert attribute["status"] == "running"
+    attribute["started"] = str(int(attribute["started"][:4]) + years) + attribute["started"][4:]
+    (run_dir / "run.json").write_text(json.dumps(record))
+    shards = len(list(run_dir.glob("shards/*/*.h5")))
+    again = small.run(*COMMON, f"run_dir={run_dir}")
+    assert again.code == 0, again.err
+    assert f"{shards} of 50 shards are there already" in again.out
+    assert (run_dir / "attributions.h5").read_bytes() == prepared[1]
+    assert "attribute: up to date" in small.run(*COMMON, f"run_dir={run_dir}").out
+
+
 SLOW = ["attribution.method=smooth_grad", "attribution.options={n_samples: 10}"]
 
 
