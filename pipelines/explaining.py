@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from spray.correction.layers import candidates
 from spray.figures import fitted
 from spray.isolation.artifact import Artifact
-from spray.isolation.causal import Effect, SampleBias, measure_effect, sample_bias, shows
+from spray.isolation.causal import measure_effect, sample_bias, shows
 from spray.isolation.choice import (
     ISOLATORS,
     PARTS,
@@ -28,11 +27,12 @@ from spray.isolation.choice import (
     tried,
 )
 from spray.isolation.evidence import Evidence
-from spray.isolation.growing import FEWEST, FREE, MOST, Scorer, boundary, grow, inner_features, recognize
+from spray.isolation.growing import FEWEST, FREE, MOST, boundary, grow, inner_features, recognize
 from spray.isolation.matching import alike
 from spray.isolation.matted import Colored
 from spray.isolation.statistics import statistics
 from spray.isolation.subgroups import subgroups
+from spray.pipelines.candidates import Attempt, Candidate, Recognized, Start
 from spray.pipelines.clusters import jaccard
 from spray.pipelines.context import Context
 from spray.store.reading import Rows
@@ -56,75 +56,6 @@ SAME = 0.8
 """... unless it grew to samples of which so many are the same (Jaccard index)."""
 FEATURES = 4096
 """Most inner activations that are looked at; of a model with more the first layers are left out."""
-
-
-@dataclass
-class Candidate:
-    """An isolated candidate and what was measured on it.
-
-    `ranked` says whether the ranking finds its cluster unusual, `unusual` whether that or its artifact does.
-    """
-
-    class_index: int
-    cluster: str
-    artifact: Artifact
-    samples: np.ndarray
-    own_scores: dict[int, float]
-    first: Scorer
-    second: Scorer
-    trials: list[Trial]
-    effect: Effect
-    bias: SampleBias
-    unusual: bool
-    ranked: bool
-    verdict: str = "no_effect"
-    p_value: float = 1.0
-    removal_p_value: float = 1.0
-
-    @property
-    def strength(self) -> tuple[bool, float]:
-        """What candidates are ordered by: a verdict first, then by how much more they flip than the control."""
-        return self.verdict != "no_effect", self.effect.flip_rate - self.effect.control_flip_rate
-
-    @property
-    def explained(self) -> float:
-        """How well its artifact explains it: the evidence for the best trial."""
-        return self.trials[0].evidence
-
-
-@dataclass(frozen=True)
-class Start:
-    """Samples of a class that an artifact may be isolated from.
-
-    Attributes
-    ----------
-    scorer : Scorer
-        Tells them from the rest.
-    scores : ndarray
-        (n,), of the class's samples, each by a fit without it.
-    carries : ndarray of bool
-        (n,): which they are.
-    """
-
-    scorer: Scorer
-    scores: np.ndarray
-    carries: np.ndarray
-
-
-@dataclass(frozen=True)
-class Recognized(Start):
-    """Samples in which an artifact was recognized, by `second`: a score of `scorer` and the match; scores are its."""
-
-    second: Scorer
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """The explanations that were tried from some samples, the best first."""
-
-    start: Start
-    evidence: Evidence
-    trials: list[Trial]
 
 
 class Explainer:
@@ -290,11 +221,11 @@ class Explainer:
         origin = _some(np.flatnonzero(~carries), ADDED, rng)
         pixels = artifact.insert(self.context.train.batch(of_class[origin]), rng.integers(0, 2**31, len(origin)))
         added_matches = _match(artifact, pixels)
-        left_out = carries
+        left_out, kept = carries, np.ones(len(origin), dtype=bool)
         if artifact.exact or isinstance(artifact, Colored):  # other scores are classifiers of the very same samples
-            left_out = carries | (matches > boundary(matches, added_matches, carries))
-            left_out = carries if left_out.mean() > MOST else left_out
-        kept = ~left_out[origin]
+            doubted = carries | (matches > boundary(matches, added_matches, carries))
+            if doubted.mean() <= MOST and (~doubted[origin]).sum() >= RAW:
+                left_out, kept = doubted, ~doubted[origin]
         origin, pixels, added_matches = origin[kept], pixels[torch.from_numpy(kept)], added_matches[kept]
         first, scores, added = recognize(features, left_out, self.features(pixels), origin, null_features, seed)
         second, scores, _ = recognize(

@@ -11,9 +11,10 @@ import numpy as np
 
 from spray.isolation.causal import holm, verdict
 from spray.isolation.choice import WHOLE
+from spray.pipelines.candidates import Candidate
 from spray.pipelines.clusters import jaccard, ranked_clusters
 from spray.pipelines.context import Context
-from spray.pipelines.explaining import Candidate, Explainer, trial_row
+from spray.pipelines.explaining import Explainer, trial_row
 from spray.pipelines.isolated import save_artifact
 from spray.pipelines.pictures import artifact_pictures
 from spray.pipelines.stage import Stage
