@@ -46,9 +46,10 @@ QUICK_METHODS = ("a_clarc",)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the cells that are asked for; write table, summary and figures."""
-    options, overrides = _parser().parse_known_args(arguments)
-    if unknown := [each for each in overrides if each.startswith("-") or "=" not in each]:
-        _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Wherever they stand: behind `--seeds 0 1`, say, they are no seeds.
+    overrides = [each for each in given if "=" in each and not each.startswith("-")]
+    options = _parser().parse_args([each for each in given if each not in overrides])
     if options.columns:
         print("\n".join(f"{name}: {meaning}" for name, meaning in hans_rows.COLUMNS.items()))
         return 0

@@ -205,6 +205,12 @@ def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:
     assert (rows[0]["cell"], rows[0]["attacked_accuracy"], rows[0]["tcav"]) == ("good", "0.2", "")
 
 
+def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["isolate.per_class=1", "--list", "--sets", "fashion", "--arms", "clean", "verify.recheck=false"]
+    assert hans_bench.main(given) == 0
+    assert all(name.startswith("fashion-clean") for name in capsys.readouterr().out.split())
+
+
 def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         hans_bench.main(["--lots", "--list"])

@@ -135,7 +135,7 @@ class Trial:
     @property
     def explains(self) -> bool:
         """Whether the cluster is what was added: always assumed of what has a place, content or shape of its own."""
-        return self.isolator not in WHOLE or self.likeness >= LIKE_ENOUGH or self.accounts
+        return self.isolator not in WHOLE or self.likeness >= LIKE_ENOUGH
 
     @property
     def left(self) -> float:
@@ -147,7 +147,7 @@ class Trial:
     def accounts(self) -> bool:
         """Whether the artifact, with content of its own, is all that tells the cluster's samples from the rest."""
         alike = self.apart >= APART and self.left <= ALIKE and self.separation >= SEPARATED
-        return alike and shows(self.artifact) and self.artifact.replaced <= REPLACED
+        return alike and self.explains and shows(self.artifact) and self.artifact.replaced <= REPLACED
 
     @property
     def unnatural(self) -> bool:
