@@ -124,6 +124,8 @@ class Explainer:
         found = self._recognized(artifact, best.start, of_class, features, c)
         carries = _sensible(found.carries, carries)
         test, others = self.context.test, np.flatnonzero(self.context.test.labels != c)
+        # Cut-outs may show what makes the class; against those of other classes they would pass for an artifact.
+        content = self._others(c)[0] if trials[0].accounts and artifact.constant else of_class[~carries]
         effect = measure_effect(
             self._predict,
             artifact,
@@ -133,7 +135,7 @@ class Explainer:
             self.context.train.batch(_some(of_class[~carries], options.n_samples, rng)),
             seed,
             natural_changes(trials[0], evidence, seed),
-            self.context.train.batch(_some(self._others(c)[0], options.n_samples, rng)) if trials[0].accounts else None,
+            self.context.train.batch(_some(content, options.n_samples, rng)),
         )
         own = dict(zip(of_class.tolist(), found.scores.tolist(), strict=True))
         bias = sample_bias(found.scores, carries, right)

@@ -147,7 +147,9 @@ class Trial:
     def accounts(self) -> bool:
         """Whether the artifact, with content of its own, is all that tells the cluster's samples from the rest."""
         alike = self.apart >= APART and self.left <= ALIKE and self.separation >= SEPARATED
-        return alike and self.explains and shows(self.artifact) and self.artifact.replaced <= REPLACED
+        # Cut-outs of natural images hold what makes these, but do not make others like them.
+        like = self.explains and (self.artifact.constant or self.likeness >= LIKE_ENOUGH)
+        return alike and like and shows(self.artifact) and self.artifact.replaced <= REPLACED
 
     @property
     def unnatural(self) -> bool:
