@@ -68,8 +68,9 @@ SAME_CONTENT = ("near", "local", "scattered")
 """Isolators of the same piece of an image in all samples, which natural kinds of images don't have."""
 WHOLE = ("faded", "shade", "veil", "change", "background")
 """Isolators that explain a cluster by a change of the whole image."""
-PARTS = tuple(name for name in ISOLATORS if name not in WHOLE)
-"""Isolators of something that is on the image."""
+PARTS = tuple(name for name in ISOLATORS if name not in (*WHOLE, "donated"))
+"""Isolators of something that is on the image, with content or a shape of its own. Cut-outs of few samples, against few
+others, hold whatever is natural in these."""
 LIKE_ENOUGH = 0.8
 """Least likeness of what such a change makes of the rest.
 
