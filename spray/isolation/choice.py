@@ -71,7 +71,7 @@ WHOLE = ("faded", "shade", "veil", "change", "background")
 PARTS = tuple(name for name in ISOLATORS if name not in (*WHOLE, "donated"))
 """Isolators of something that is on the image, with content or a shape of its own. Cut-outs of few samples, against few
 others, hold whatever is natural in these."""
-LIKE_ENOUGH = 0.8
+LIKE_ENOUGH = 0.85
 """Least likeness of what such a change makes of the rest.
 
 Images of a class differ as wholes without any artifact, and a change fitted to a natural group moves models, too; but
