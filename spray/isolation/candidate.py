@@ -30,6 +30,8 @@ EDGE = 0.1
 """Least difference of neighbouring pixels, in units of the pixel range, that divides one part of it from another."""
 
 CLEARLY = 0.4
+"""Least difference of a part from the rest of the class, as a share of that of the part that differs most."""
+
 SMALLEST = 4
 """Fewest pixels of a part that others are compared with."""
 

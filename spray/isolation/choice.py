@@ -25,17 +25,16 @@ Isolator = Callable[[Evidence], Artifact | None]
 """Explains what a cluster has and the rest of its class has not; None where it can't."""
 
 
-def isolate_local(evidence: Evidence) -> Artifact | None:
+def isolate_local(evidence: Evidence, near: bool = False) -> Artifact | None:
     """Isolate content that is always the same, at about the same place."""
-    found = isolate(evidence.images, evidence.relevance, evidence.other_images, evidence.other_relevance)
+    parts = (evidence.images, evidence.relevance, evidence.other_images, evidence.other_relevance)
+    found = isolate(*parts, near=near)
     return found if found is not None and found.constant else None
 
 
 def isolate_near(evidence: Evidence) -> Artifact | None:
-    """Isolate the same near the relevance alone."""
-    parts = (evidence.images, evidence.relevance, evidence.other_images, evidence.other_relevance)
-    found = isolate(*parts, near=True)
-    return found if found is not None and found.constant else None
+    """Isolate of that what ends near the relevance."""
+    return isolate_local(evidence, near=True)
 
 
 ISOLATORS: dict[str, Isolator] = {
