@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -32,6 +33,7 @@ from spray.isolation.matching import alike
 from spray.isolation.matted import Colored
 from spray.isolation.statistics import statistics
 from spray.isolation.subgroups import subgroups
+from spray.models.memory_format import channels_last
 from spray.pipelines.candidates import Attempt, Candidate, Recognized, Start
 from spray.pipelines.clusters import jaccard
 from spray.pipelines.context import Context
@@ -46,6 +48,8 @@ TRIED = 150
 """Training images of other classes that explanations are tried on; the proof is made on others."""
 ADDED = 250
 """Samples without an artifact that it is added to, to learn how to recognize it."""
+LISTED = 4
+"""Candidates that can have no verdict, whatever their effect, are tested on an n-th of the images."""
 GROWN = 3000
 """Most samples of a class that a cluster is grown among; all get their score in the end."""
 EXACT = 0.02
@@ -72,15 +76,22 @@ class Explainer:
     def __init__(self, context: Context, relevance: Rows) -> None:
         self.context, self.relevance = context, relevance
         self.labels = np.asarray(context.train.labels)
+        self.model = channels_last(context.model, context.trial_images(2))
         self._of_class: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def another(self) -> Explainer:
+        """Return one for another thread, with a model of its own: to look into its layers changes it for the time."""
+        found = copy.copy(self)
+        found.model = copy.deepcopy(self.model)
+        return found
 
     @cached_property
     def layers(self) -> list[str]:
         """The inner layers whose activations are looked at: the last ones that are not too many."""
-        names = candidates(self.context.model, self.context.trial_images(4))
+        names = candidates(self.model, self.context.trial_images(4))
         x = self.context.trial_images(1)
         for start in range(len(names)):
-            if inner_features(self.context.model, names[start:], x).shape[1] <= FEATURES:
+            if inner_features(self.model, names[start:], x).shape[1] <= FEATURES:
                 return names[start:]
         return names[-1:]
 
@@ -93,7 +104,7 @@ class Explainer:
         """Return what scores are made of, float64 (n, d), of pixels (n, C, H, W)."""
         parts = []
         for part in pixels.split(AT_ONCE):
-            inner = inner_features(self.context.model, self.layers, self.context.normalizer(part, self.context.device))
+            inner = inner_features(self.model, self.layers, self.context.normalizer(part, self.context.device))
             parts.append(torch.cat([inner, statistics(part)], dim=1))
         return torch.cat(parts).double().numpy()
 
@@ -126,22 +137,23 @@ class Explainer:
         test, others = self.context.test, np.flatnonzero(self.context.test.labels != c)
         # Cut-outs may show what makes the class; against those of other classes they would pass for an artifact.
         content = self._others(c)[0] if trials[0].accounts and artifact.constant else of_class[~carries]
+        proof = unusual or trials[0].unnatural
+        n_tested, n_samples = (n if proof else -(-n // LISTED) for n in (options.n_tested, options.n_samples))
         effect = measure_effect(
             self._predict,
             artifact,
             c,
-            test.batch(_some(others, options.n_tested, rng)),
-            self.context.train.batch(_some(of_class[carries], options.n_samples, rng)),
-            self.context.train.batch(_some(of_class[~carries], options.n_samples, rng)),
+            test.batch(_some(others, n_tested, rng)),
+            self.context.train.batch(_some(of_class[carries], n_samples, rng)),
+            self.context.train.batch(_some(of_class[~carries], n_samples, rng)),
             seed,
             natural_changes(trials[0], evidence, seed),
-            self.context.train.batch(_some(content, options.n_samples, rng)),
+            self.context.train.batch(_some(content, n_samples, rng)),
         )
         own = dict(zip(of_class.tolist(), found.scores.tolist(), strict=True))
         bias = sample_bias(found.scores, carries, right)
-        kinds = unusual or trials[0].unnatural, unusual
         scorers = found.scorer, found.second
-        return Candidate(c, cluster, artifact, of_class[carries], own, *scorers, trials, effect, bias, *kinds)
+        return Candidate(c, cluster, artifact, of_class[carries], own, *scorers, trials, effect, bias, proof, unusual)
 
     def _starts(self, member: np.ndarray, c: int) -> list[Start]:
         """Return what an artifact is isolated from: the cluster grown and, where that is something else, as it is.
@@ -268,8 +280,12 @@ class Explainer:
         if self._of_class is None or self._of_class[0] != c:
             rng = np.random.default_rng([self.context.config.seed, c, 8])
             indices = _some(np.flatnonzero(self.labels == c), GROWN, rng)
-            pixels = self.context.train.batch(indices)
-            self._of_class = c, indices, self.features(pixels), self._predict(pixels).argmax(dim=1).numpy() == c
+            parts = []
+            for part in batches(len(indices), AT_ONCE):
+                pixels = self.context.train.batch(indices[part])
+                parts.append((self.features(pixels), self._predict(pixels).argmax(dim=1).numpy() == c))
+            features, right = (np.concatenate(each) for each in zip(*parts, strict=True))
+            self._of_class = c, indices, features, right
         return self._of_class[1:]
 
     @cached_property
@@ -297,7 +313,7 @@ class Explainer:
         return np.concatenate([_match(artifact, part) for part in parts])
 
     def _predict(self, pixels: Tensor) -> Tensor:
-        return self.context.predict_pixels(self.context.model, pixels)
+        return self.context.predict_pixels(self.model, pixels)
 
 
 def _match(artifact: Artifact, pixels: Tensor) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from spray.isolation.choice import WHOLE
 from spray.pipelines.candidates import Candidate
 from spray.pipelines.clusters import jaccard, ranked_clusters
 from spray.pipelines.context import Context
+from spray.pipelines.explained import explained
 from spray.pipelines.explaining import Explainer, trial_row
 from spray.pipelines.isolated import save_artifact
 from spray.pipelines.pictures import artifact_pictures
@@ -39,15 +41,12 @@ MORE = (
 
 def run(context: Context) -> dict[str, Any]:
     """Write `artifacts.json` and a folder for each candidate."""
-    candidates = []
     shape = (len(context.train), None, None, None)
     with open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions:
         explainer = Explainer(context, attributions.attribution)
         clusters = _with_groups(context, explainer, _choose(context))
-        for row, members in context.progress(clusters, len(clusters), "candidates isolated"):
-            candidate = explainer.explain(row["cluster"], row["class_index"], members, _unusual(context, row))
-            if candidate is not None:
-                candidates.append(candidate)
+        with context.counter(len(clusters), "candidates isolated") as count:
+            candidates = explained(explainer, clusters, partial(_unusual, context), count)
         _judge(candidates)
         candidates = sorted(_distinct(candidates), key=lambda c: c.strength, reverse=True)
         rows = []

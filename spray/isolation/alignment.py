@@ -33,8 +33,12 @@ def match(images: Tensor, template: Tensor, mask: Tensor, radius: int) -> tuple[
     shift : Tensor of int64
         (n, 2): by how many rows and columns the image's content lies away from the template's.
     """
-    kernels, weights, constant = _shifted_kernels(template, mask.to(images), radius)
+    # All else has no weight.
+    rows, columns = (mask.amax(dim=dim).nonzero()[:, 0] for dim in (1, 0))
+    part = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
+    kernels, weights, constant = _shifted_kernels(template[:, *part], mask[part].to(images), radius)
     padded = nn.functional.pad(images, (radius,) * 4, mode="replicate")
+    padded = padded[:, :, part[0].start : part[0].stop + 2 * radius, part[1].start : part[1].stop + 2 * radius]
     squares = (padded**2).sum(dim=1).flatten(1) @ weights
     products = padded.flatten(1) @ kernels
     distance = (squares - 2 * products + constant) / mask.sum()
@@ -51,16 +55,16 @@ def _shifted_kernels(template: Tensor, mask: Tensor, radius: int) -> tuple[Tenso
 
     With them a matrix product gives the distance of all images at all shifts.
     """
-    height, width = mask.shape
-    side = 2 * radius + 1
+    height, width = (side + 2 * radius for side in mask.shape)
     weighted = mask * template
-    kernels = template.new_zeros(side, side, len(template), height + 2 * radius, width + 2 * radius)
-    weights = template.new_zeros(side, side, height + 2 * radius, width + 2 * radius)
-    for dy in range(side):
-        for dx in range(side):
-            kernels[dy, dx, :, dy : dy + height, dx : dx + width] = weighted
-            weights[dy, dx, dy : dy + height, dx : dx + width] = mask
-    return kernels.flatten(2).flatten(0, 1).T, weights.flatten(2).flatten(0, 1).T, (weighted * template).sum()
+
+    def moved(x: Tensor) -> Tensor:
+        """Return what lies at each shift, (shifts, shifts, channels, height, width), of x (channels, ...)."""
+        wide = nn.functional.pad(x, (2 * radius,) * 4)
+        return wide.unfold(1, height, 1).unfold(2, width, 1).flip(1, 2).movedim(0, 2)
+
+    kernels, weights = (moved(x).flatten(2).flatten(0, 1).T for x in (weighted, mask[None]))
+    return kernels, weights, (weighted * template).sum()
 
 
 def shifted(images: Tensor, shift: Tensor, radius: int) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from spray.isolation.alignment import congeal, shifted
 from spray.isolation.artifact import ARTIFACTS, Artifact, smaller
 from spray.isolation.candidate import relevance_gain, salient
-from spray.isolation.changed import quartiles, smoothed
+from spray.isolation.changed import smoothed
 from spray.isolation.evidence import Evidence
-from spray.isolation.statistics import discriminant, statistics
+from spray.isolation.statistics import quartiles, statistics
 
 FAINTEST = 0.1
 """Least opacity that is told from none."""
@@ -136,11 +136,10 @@ def _drawn(images: Tensor, others: Tensor, template: Tensor) -> tuple[Tensor, Te
 
 def isolate_veil(evidence: Evidence) -> Blended | None:
     """Isolate what is blended softly over much of the image and always lies the same: a vignette, a gradient."""
-    images, others = evidence.images, evidence.other_images
-    alpha, color = opacity(images, others, sigma=min(images.shape[2:]) / 10)
+    alpha, color = opacity(*evidence.quartiles, sigma=min(evidence.images.shape[2:]) / 10)
     if float((alpha > 0).float().mean()) < 0.05:
         return None
-    w, b = discriminant(statistics(images), statistics(others))
+    w, b = evidence.discriminant
     shift = torch.zeros(1, 2, dtype=torch.int64)
     return Blended(alpha, color, shift, 1.0, 1, True, torch.zeros_like(color), w, b, 0.0)
 
@@ -156,10 +155,9 @@ def isolate_shade(evidence: Evidence) -> Blended | None:
     Blended or None
         None where it is nowhere at least `FAINTEST`.
     """
-    images, others = evidence.images, evidence.other_images
-    (lower, middle, upper), (before_lower, before, before_upper) = quartiles(images), quartiles(others)
+    (lower, middle, upper), (before_lower, before, before_upper) = evidence.quartiles
     spread, before_spread = ((b - a).mean(dim=0).flatten() for a, b in ((lower, upper), (before_lower, before_upper)))
-    height, width = images.shape[2:]
+    height, width = evidence.images.shape[2:]
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1).reshape(-1, 6)
     medians, before_medians = middle.flatten(1), before.flatten(1)
@@ -175,7 +173,7 @@ def isolate_shade(evidence: Evidence) -> Blended | None:
     if float(alpha.max()) < FAINTEST:
         return None
     pattern = color[:, None, None].expand_as(middle).clone()
-    w, b = discriminant(statistics(images), statistics(others))
+    w, b = evidence.discriminant
     shift = torch.zeros(1, 2, dtype=torch.int64)
     return Blended(alpha, pattern, shift, 1.0, 1, True, torch.zeros_like(pattern), w, b, 0.0)
 
@@ -187,15 +185,15 @@ def _fitted(terms: Tensor, slope: Tensor, change: Tensor) -> Tensor:
     return (terms.double() @ coefficients).to(terms).clamp(0, 0.95)
 
 
-def opacity(images: Tensor, others: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Estimate opacity α (H, W) and content c (C, H, W) of what is blended into images, from quartiles of each pixel.
+def opacity(quartiles: Tensor, other_quartiles: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """Estimate opacity α (H, W) and content c (C, H, W) of what is blended into images, from each pixel's quartiles.
 
     With ``x' = (1 - α) x + α c`` and the same distribution of x in both sets, every spread is (1 - α) times what it
     was, ``s' = (1 - α) s``, and ``median' = (1 - α) median + α c``. The distance of the quartiles is the spread: a
     cluster is never quite pure. Spreads are pooled over channels and a Gaussian neighbourhood of `sigma` pixels; the
     content is one colour, the mean weighted by α², for a pixel of its own knows little of it.
     """
-    (lower, inside, upper), (before_lower, outside, before_upper) = quartiles(images), quartiles(others)
+    (lower, inside, upper), (before_lower, outside, before_upper) = quartiles, other_quartiles
     spread, before = (
         torch.from_numpy(ndimage.gaussian_filter((b - a).mean(dim=0).numpy(), sigma))
         for a, b in ((lower, upper), (before_lower, before_upper))

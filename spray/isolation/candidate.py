@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,6 +68,57 @@ def isolate(
     Artifact or None
         None if there is no place where the cluster has more relevance than the rest.
     """
+    common = find_common(images, relevance, other_images, other_relevance, radius)
+    return None if common is None else common.artifact(other_images, near)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the images of a cluster have in common, once they are aligned.
+
+    Attributes
+    ----------
+    region : Tensor of bool
+        (H, W): where the cluster has more relevance.
+    gain : Tensor
+        (H, W): how much more.
+    pattern : Tensor
+        (C, H, W): the median of the aligned images.
+    shift : Tensor of int64
+        (n, 2): by how far each was moved.
+    constant : Tensor of bool
+        (H, W): where the images hardly differ from the pattern, while the rest does.
+    distance : Tensor
+        (H, W): by how much the rest does.
+    radius : int
+        Largest shift.
+    """
+
+    region: Tensor
+    gain: Tensor
+    pattern: Tensor
+    shift: Tensor
+    constant: Tensor
+    distance: Tensor
+    radius: int
+
+    def artifact(self, other_images: Tensor, near: bool = False) -> Artifact:
+        """Return what of it belongs to the artifact, as of `isolate`."""
+        constant = self.constant
+        if near:
+            allowed = ndimage.binary_dilation(self.region.numpy(), iterations=self.radius)
+            parts = (constant, self.pattern, self.distance)
+            constant = torch.from_numpy(_ending_within(allowed, *(part.numpy() for part in parts)))
+        mask, is_constant = _grow(self.region, constant, self.gain)
+        unscaled = Artifact(mask, self.pattern, self.shift, 1.0, self.radius, is_constant)
+        scale = float((1 - unscaled.score(other_images)).median())
+        return replace(unscaled, scale=max(scale, 1e-6))
+
+
+def find_common(
+    images: Tensor, relevance: Tensor, other_images: Tensor, other_relevance: Tensor, radius: int | None = None
+) -> Common | None:
+    """Align the images of a cluster, and say what they have in common there; arguments are those of `isolate`."""
     radius = radius or max(1, round(min(images.shape[2:]) / 10))
     region = salient(relevance_gain(relevance, other_relevance))
     if not region.any():
@@ -81,13 +132,7 @@ def isolate(
     distance = _differences(shifted(other_images, other_shift, radius), pattern, 0.5)
     constant = (distance > VISIBLE) & (spread < CONSISTENT * distance)
     region = salient(gain) if (gain > 0).any() else region
-    if near:
-        allowed = ndimage.binary_dilation(region.numpy(), iterations=radius)
-        constant = torch.from_numpy(_ending_within(allowed, constant.numpy(), pattern.numpy(), distance.numpy()))
-    mask, is_constant = _grow(region, constant, gain)
-    unscaled = Artifact(mask, pattern, shift, 1.0, radius, is_constant)
-    scale = float((1 - unscaled.score(other_images)).median())
-    return replace(unscaled, scale=max(scale, 1e-6))
+    return Common(region, gain, pattern, shift, constant, distance, radius)
 
 
 def _align(images: Tensor, other_images: Tensor, around: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spray.isolation.artifact import ARTIFACTS, Artifact
 from spray.isolation.evidence import Evidence
-from spray.isolation.statistics import BANDS, discriminant, frequencies, radial_power, statistics
+from spray.isolation.statistics import BANDS, frequencies, quartiles, radial_power, statistics
 
 BACKGROUND = 0.25
 """How far from the background's colour a pixel may be, in its most different channel, to belong to it at all."""
@@ -215,7 +215,7 @@ def _checked(
 ) -> Changed | None:
     """Return the change with a score, None for one that hardly changes the rest of the class."""
     shape = evidence.images.shape[1:]
-    w, b = discriminant(statistics(evidence.images), statistics(evidence.other_images))
+    w, b = evidence.discriminant
     color = (offset / (1 - gain).clamp_min(0.05)).clamp(0, 1)
     parts = (gain, offset, blur, noise, w, b)
     flat = color[:, None, None].expand(shape).clone()
@@ -253,11 +253,6 @@ def _spectral(inside: Tensor, outside: Tensor) -> tuple[float, float]:
         slope = float(((x[use] - x[use].mean()) * (ratio[use] - ratio[use].mean())).sum() / x[use].var() / (BANDS - 2))
         return float(np.sqrt(max(0.0, -slope))), 0.0
     return 0.0, 0.0
-
-
-def quartiles(images: Tensor) -> Tensor:
-    """Return the quartiles (3, C, H, W) of each pixel over images (n, C, H, W)."""
-    return torch.quantile(images, torch.tensor([0.25, 0.5, 0.75]).to(images), dim=0)
 
 
 def smoothed(images: Tensor, sigma: float) -> Tensor:

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from spray.isolation.artifact import Artifact
 from spray.isolation.blended import isolate_blended, isolate_shade, isolate_veil
-from spray.isolation.candidate import isolate
 from spray.isolation.causal import Predictor, shows
-from spray.isolation.changed import Changed, isolate_background, isolate_change, isolate_faded, quartiles
+from spray.isolation.changed import Changed, isolate_background, isolate_change, isolate_faded
 from spray.isolation.evidence import Evidence
 from spray.isolation.matted import isolate_colored, isolate_donated, isolate_uncolored
 from spray.isolation.moments import refined
 from spray.isolation.scattered import isolate_scattered
-from spray.isolation.statistics import statistics
+from spray.isolation.statistics import quartiles, statistics
 from spray.isolation.two_samples import area, told_apart
 
 Isolator = Callable[[Evidence], Artifact | None]
@@ -27,8 +26,7 @@ Isolator = Callable[[Evidence], Artifact | None]
 
 def isolate_local(evidence: Evidence, near: bool = False) -> Artifact | None:
     """Isolate content that is always the same, at about the same place."""
-    parts = (evidence.images, evidence.relevance, evidence.other_images, evidence.other_relevance)
-    found = isolate(*parts, near=near)
+    found = evidence.common_artifact(near)
     return found if found is not None and found.constant else None
 
 
@@ -227,7 +225,7 @@ def tried(
         added = artifact.insert(rest, draws)
         seen = features(added)
         like = (float(np.median(likeness(seen))) - usual) / unit
-        left = _distance(second.images, added) / max(_distance(second.images, rest), 1e-9)
+        left = _distance(second.quartiles[0], quartiles(added)) / max(_distance(*second.quartiles), 1e-9)
         return Trial(
             name,
             artifact,
@@ -311,9 +309,9 @@ def natural_changes(trial: Trial, evidence: Evidence, seed: int) -> list[Artifac
     return [change for change in changes if change is not None]
 
 
-def _distance(images: Tensor, others: Tensor) -> float:
+def _distance(one: Tensor, other: Tensor) -> float:
     """Return the mean squared difference of two sets' quartiles, pixel by pixel."""
-    return float((quartiles(images) - quartiles(others)).square().mean())
+    return float((one - other).square().mean())
 
 
 def separation(inside: Tensor, outside: Tensor) -> float:

@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from spray.isolation.artifact import ARTIFACTS, Artifact
-from spray.isolation.candidate import LARGEST, isolate, relevance_gain, salient
+from spray.isolation.candidate import LARGEST, relevance_gain, salient
 from spray.isolation.evidence import Evidence
 from spray.isolation.statistics import discriminant
 
@@ -22,7 +22,7 @@ DONORS = 48
 """Most donors that are kept."""
 TOLERANCES = (0.001, 0.004, 0.015)
 """By how much, in a channel, pixels of one colour may differ; a matte falls to 0 at three times that."""
-AT_ONCE = 32
+AT_ONCE = 8
 """Images whose pixels are compared with each other at once."""
 COMPARED = (128, 384)
 """Most pixels of an image that may be its most frequent colour, and most that are compared with each of them."""
@@ -188,10 +188,13 @@ def _modal(pixels: Tensor, weight: Tensor, tolerance: float) -> Tensor:
     """Return the colour (n, C, 1) of most weight among pixels (n, C, p) with weights (p,)."""
     # Of many pixels not all are looked at as the colour, nor is every one compared with it; text of any size has more.
     asked, seen = (_spread(pixels.shape[2], most) for most in COMPARED)
-    apart = (pixels[:, :, asked, None] - pixels[:, :, None, seen]).abs().amax(dim=1)
+    one, other = pixels[:, :, asked, None], pixels[:, :, None, seen]
+    apart = (one[:, 0] - other[:, 0]).abs_()
+    for channel in range(1, pixels.shape[1]):
+        apart = torch.maximum(apart, (one[:, channel] - other[:, channel]).abs_())
     # Around a colour of a smooth scene there are many that differ a little; what was drawn stands alone.
-    alone = (apart <= tolerance).float() - (apart <= 4 * tolerance).float() / 2
-    best = (alone @ weight[seen]).argmax(dim=1)
+    near, around = ((apart <= reach).to(pixels) @ weight[seen] for reach in (tolerance, 4 * tolerance))
+    best = (near - around / 2).argmax(dim=1)
     return pixels[:, :, asked].gather(2, best[:, None, None].expand(-1, pixels.shape[1], 1))
 
 
@@ -207,7 +210,7 @@ def _spread(n: int, most: int) -> Tensor:
 
 def isolate_donated(evidence: Evidence) -> Artifact | None:
     """Isolate a place, with the samples' content there; the artifact itself where the content is always the same."""
-    found = isolate(evidence.images, evidence.relevance, evidence.other_images, evidence.other_relevance)
+    found = evidence.common_artifact()
     if found is None or found.constant:
         return found
     soft = torch.from_numpy(ndimage.gaussian_filter(ndimage.binary_dilation(found.mask.numpy()).astype("f4"), 0.5))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,16 +24,39 @@ def radial_power(images: Tensor, n_bands: int = BANDS) -> Tensor:
     power = torch.fft.rfft2(centred * window.to(images)).abs().square().mean(dim=1)
     fy, fx = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
     radius = torch.hypot(fy[:, None], fx)
-    ring = (radius * 2 * n_bands).long()
-    rings = [power[:, ring == i].mean(dim=1) for i in range(n_bands)]
+    ring = (radius * 2 * n_bands).long().flatten()
+    member = (ring[:, None] == torch.arange(n_bands)).to(power)
+    rings = power.flatten(1) @ (member / member.sum(dim=0))
     # Below a 255th of the range there is nothing but rounding.
     floor = float(window.square().sum()) / 255**2 / 12
-    return (torch.stack(rings, dim=1) + floor).log()
+    return (rings + floor).log()
 
 
 def frequencies(n_bands: int = BANDS) -> Tensor:
     """Return the middle of each ring in cycles per pixel, (n_bands,)."""
     return (torch.arange(n_bands) + 0.5) / (2 * n_bands)
+
+
+def quantiles(values: Tensor, shares: Sequence[float], dim: int) -> Tensor:
+    """Return quantiles as `torch.quantile` does, (len(shares), ...), of values on the CPU, many times as fast.
+
+    NumPy sorts by vector instructions, if what is sorted lies in one piece.
+    """
+    rows = np.sort(np.ascontiguousarray(values.movedim(dim, -1).numpy()), axis=-1)
+    rank = torch.tensor(shares).to(values) * (rows.shape[-1] - 1)
+    low, high = (torch.from_numpy(rows[..., end.long().numpy()]).movedim(-1, 0) for end in (rank.floor(), rank.ceil()))
+    return torch.lerp(low, high, (rank - rank.floor()).reshape(-1, *[1] * (low.dim() - 1)))
+
+
+def quartiles(images: Tensor) -> Tensor:
+    """Return the quartiles (3, C, H, W) of each pixel over images (n, C, H, W)."""
+    return quantiles(images, (0.25, 0.5, 0.75), dim=0)
+
+
+def spread(values: Tensor) -> Tensor:
+    """Return the standard deviation along the last dimension; PyTorch's own `std` takes seven times as long."""
+    centred = values - values.mean(dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(centred, dim=-1) / max(values.shape[-1] - 1, 1) ** 0.5
 
 
 def statistics(images: Tensor) -> Tensor:
@@ -42,21 +67,20 @@ def statistics(images: Tensor) -> Tensor:
     """
     n, channels, height, width = images.shape
     flat = images.flatten(2)
-    quantiles = torch.quantile(flat, torch.tensor([0.02, 0.98]).to(flat), dim=2)
     depth = max(1, min(height, width) // 10)
     border = torch.cat(
         [images[:, :, :depth].flatten(2), images[:, :, -depth:].flatten(2), images[:, :, :, :depth].flatten(2)], dim=2
     )
     y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
     far = (y[:, None].square() + x.square()).flatten()
-    corners, middle = flat[:, :, far > 1.0], flat[:, :, far < 0.4]
-    spread = flat.std(dim=2)
-    parts = [flat.mean(dim=2), spread, (spread + 1 / 255).log(), flat.amin(dim=2), flat.amax(dim=2), *quantiles]
-    parts += [border.mean(dim=2), border.std(dim=2)]
-    parts += [corners.mean(dim=2) - middle.mean(dim=2), corners.std(dim=2) - middle.std(dim=2)]
+    corners, middle = (flat.index_select(2, part.nonzero()[:, 0]) for part in (far > 1.0, far < 0.4))
+    typical = spread(flat)
+    parts = [flat.mean(dim=2), typical, (typical + 1 / 255).log(), *quantiles(flat, (0.0, 1.0, 0.02, 0.98), dim=2)]
+    parts += [border.mean(dim=2), spread(border)]
+    parts += [corners.mean(dim=2) - middle.mean(dim=2), spread(corners) - spread(middle)]
     if channels > 1:
         difference = flat[:, 1:] - flat[:, :-1]
-        parts += [difference.mean(dim=2), difference.std(dim=2)]
+        parts += [difference.mean(dim=2), spread(difference)]
     parts.append(radial_power(images))
     return torch.cat([part.reshape(n, -1) for part in parts], dim=1)
 

@@ -62,9 +62,8 @@ def _classified(rows: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.nda
     center, spread = rows.mean(axis=0), rows.std(axis=0) + 1e-6
     z = (rows - center) / spread
     k = max(1, min(DIRECTIONS, len(rows) // PER_DIRECTION))
-    _, _, axes = np.linalg.svd(z, full_matrices=False)
-    axes = axes[:k]
-    inside, outside = z @ axes.T, ((new - center) / spread).clip(-10, 10) @ axes.T
+    axes = _principal(z, k)
+    inside, outside = z @ axes, ((new - center) / spread).clip(-10, 10) @ axes
     unit = inside.std(axis=0) + 1e-9
 
     def seen(u: np.ndarray) -> np.ndarray:
@@ -78,3 +77,12 @@ def _classified(rows: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.nda
     a = (x - mean) * np.sqrt(weight)[:, None]
     w = np.linalg.solve(a.T @ a + PENALTY * np.eye(x.shape[1]), a.T @ ((y - level) * np.sqrt(weight)))
     return np.asarray((seen(outside) - mean) @ w)
+
+
+def _principal(z: np.ndarray, k: int) -> np.ndarray:
+    """Return the first k principal axes (d, k) of centred rows (n, d), from the smaller of both products of them."""
+    n, d = z.shape
+    if d <= n:
+        return np.asarray(np.linalg.eigh(z.T @ z)[1][:, -k:])
+    values, vectors = np.linalg.eigh(z @ z.T)
+    return np.asarray(z.T @ vectors[:, -k:] / np.sqrt(values[-k:].clip(1e-12)))

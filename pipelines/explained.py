@@ -1,0 +1,73 @@
+"""All clusters explained: those of a class one after the other, several classes at once.
+
+Most of the time goes to many small computations that no library spreads over cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController, threadpool_limits
+
+from spray.pipelines.candidates import Candidate
+from spray.pipelines.explaining import Explainer
+
+IMAGES = 2000
+"""Images that a thread holds at once, about ..."""
+MEMORY = 8e9
+"""... and bytes that these may take in all threads."""
+
+
+def explained(
+    explainer: Explainer,
+    clusters: Sequence[tuple[dict[str, Any], np.ndarray]],
+    unusual: Callable[[dict[str, Any]], bool],
+    count: Callable[[int], None],
+) -> list[Candidate]:
+    """Return the candidates of clusters, in their order.
+
+    Parameters
+    ----------
+    explainer : Explainer
+        Of the run.
+    clusters : sequence of (dict, ndarray of int)
+        Rows of the ranking with their samples, class by class.
+    unusual : callable
+        Whether the ranking finds a row's cluster unusual.
+    count : callable
+        Told of each cluster that is done.
+    """
+    classes = [list(part) for _, part in groupby(clusters, key=lambda each: each[0]["class_index"])]
+    cores = torch.get_num_threads()
+    threads = max(
+        1, min(cores, len(classes), int(MEMORY / (IMAGES * 4 * np.prod(explainer.context.train.image_shape))))
+    )
+
+    def of_class(part: Sequence[tuple[dict[str, Any], np.ndarray]]) -> list[Candidate]:
+        mine, found = explainer.another(), []
+        for row, members in part:
+            candidate = mine.explain(row["cluster"], row["class_index"], members, unusual(row))
+            found += [candidate] if candidate is not None else []
+            count(1)
+        return found
+
+    def begin() -> None:
+        # Torch sets the number for a thread when it first needs it; only after that it can be changed for it alone.
+        torch.get_num_threads()
+        ThreadpoolController().select(user_api="openmp").limit(limits=max(1, cores // threads))
+
+    with (
+        threadpool_limits(max(1, cores // threads), user_api="blas"),
+        ThreadPoolExecutor(threads, initializer=begin) as pool,
+    ):
+        futures = [pool.submit(of_class, part) for part in classes]
+        try:
+            return [candidate for future in futures for candidate in future.result()]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
