@@ -145,8 +145,8 @@ class IsolateConfig:
     """How artifacts are cut out and put to the test."""
 
     # Most clusters looked at, of each class and altogether.
-    per_class: int = 2
-    candidates: int = 40
+    per_class: int = 4
+    candidates: int = 48
     # Most groups of each class that the model's inner activations show, whatever the heatmaps do; 0: none.
     latent: int = 2
     # Most samples that an artifact is isolated from, and most test images that it is added to.

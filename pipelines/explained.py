@@ -26,7 +26,7 @@ MEMORY = 8e9
 def explained(
     explainer: Explainer,
     clusters: Sequence[tuple[dict[str, Any], np.ndarray]],
-    unusual: Callable[[dict[str, Any]], bool],
+    unusual: Callable[[dict[str, Any]], tuple[bool, bool]],
     count: Callable[[int], None],
 ) -> list[Candidate]:
     """Return the candidates of clusters, in their order.
@@ -38,7 +38,7 @@ def explained(
     clusters : sequence of (dict, ndarray of int)
         Rows of the ranking with their samples, class by class.
     unusual : callable
-        Whether the ranking finds a row's cluster unusual.
+        Whether the ranking finds a row's cluster unusual, and whether the same is repeated in it.
     count : callable
         Told of each cluster that is done.
     """
@@ -51,7 +51,7 @@ def explained(
     def of_class(part: Sequence[tuple[dict[str, Any], np.ndarray]]) -> list[Candidate]:
         mine, found = explainer.another(), []
         for row, members in part:
-            candidate = mine.explain(row["cluster"], row["class_index"], members, unusual(row))
+            candidate = mine.explain(row["cluster"], row["class_index"], members, *unusual(row))
             found += [candidate] if candidate is not None else []
             count(1)
         return found

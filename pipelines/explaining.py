@@ -108,11 +108,14 @@ class Explainer:
             parts.append(torch.cat([inner, statistics(part)], dim=1))
         return torch.cat(parts).double().numpy()
 
-    def explain(self, cluster: str, c: int, members: np.ndarray, unusual: bool) -> Candidate | None:
+    def explain(
+        self, cluster: str, c: int, members: np.ndarray, unusual: bool, repeated: bool = False
+    ) -> Candidate | None:
         """Return what a cluster of class `c` shares; None where too few samples or nothing to isolate are left.
 
         Of a cluster that the ranking doesn't find `unusual` only the same piece of an image is a finding, or what
-        accounts for all that tells its samples from the rest.
+        accounts for all that tells its samples from the rest. That the very same was `repeated` in its samples makes
+        it unusual if it is indeed the same that is isolated.
         """
         options, seed = self.context.config.isolate, self.context.config.seed
         rng = np.random.default_rng([seed, c, len(members)])
@@ -121,9 +124,9 @@ class Explainer:
         if min(member.sum(), (~member).sum()) < FEWEST:
             return None
         grown, *plain = self._starts(member, c)
-        attempts = [self._attempt(grown, c, rng, unusual)]
+        attempts = [self._attempt(grown, c, rng, unusual or repeated)]
         for start in plain:
-            attempts.append(self._attempt(start, c, rng, unusual, WHOLE))
+            attempts.append(self._attempt(start, c, rng, unusual or repeated, WHOLE))
             attempts.append(self._attempt(start, c, rng, False, PARTS, matched=True))
         attempts += self._again(attempts, c, rng)
         attempts = [attempt for attempt in attempts if attempt.trials]
@@ -132,6 +135,7 @@ class Explainer:
         best = max(attempts, key=lambda attempt: (attempt.trials[0].unnatural, attempt.trials[0].evidence))
         trials, evidence, carries = best.trials, best.evidence, best.start.carries
         artifact = refitted(trials[0], evidence)
+        unusual = unusual or (repeated and artifact.constant)
         found = self._recognized(artifact, best.start, of_class, features, c)
         carries = _sensible(found.carries, carries)
         test, others = self.context.test, np.flatnonzero(self.context.test.labels != c)

@@ -105,10 +105,10 @@ def _with_groups(
     return found
 
 
-def _unusual(context: Context, row: dict[str, Any]) -> bool:
-    """Return whether other classes have nothing like a cluster, by its row in the ranking."""
+def _unusual(context: Context, row: dict[str, Any]) -> tuple[bool, bool]:
+    """Return whether other classes have nothing like a cluster, by its row in the ranking; and whether it repeats."""
     compared = len(context.train.classes) >= COMPARABLE
-    return "repeated" in row.get("evidence", {}) or (compared and row["q_value"] < UNUSUAL)
+    return compared and row["q_value"] < UNUSUAL, "repeated" in row.get("evidence", {})
 
 
 def _judge(candidates: list[Candidate]) -> None:

@@ -74,6 +74,8 @@ LIKE_ENOUGH = 0.85
 Images of a class differ as wholes without any artifact, and a change fitted to a natural group moves models, too; but
 what it makes does not look like the group.
 """
+LIKE_SOME = 0.65
+"""The same of cut-outs after which hardly anything tells the rest from the cluster: each sample shows another one."""
 APART = 0.85
 """Least area under the curve by which the cluster's samples have to be told from the rest ..."""
 ALIKE = 0.65
@@ -81,6 +83,12 @@ ALIKE = 0.65
 
 Natural kinds of images differ in more than one thing: whatever is added to the others, they can still be told apart.
 """
+MORE_ALIKE = 0.5
+"""The same for a change of the whole image: light and contrast are much of what natural kinds differ in."""
+HARDLY_APART = 0.4
+"""The same for cut-outs that make the rest only somewhat like the cluster; of natural kinds they left 0.53 and more."""
+SAME_WAY = 0.5
+"""Least cosine of two changes of the whole image that go the same way."""
 SHARP = 0.9
 """Least separation of what is looked at again from all samples that show it, whatever else the cluster shares."""
 RESEMBLES = 0.5
@@ -144,9 +152,11 @@ class Trial:
     @property
     def accounts(self) -> bool:
         """Whether the artifact, with content of its own, is all that tells the cluster's samples from the rest."""
-        alike = self.apart >= APART and self.left <= ALIKE and self.separation >= SEPARATED
+        most = ALIKE if self.isolator not in WHOLE else MORE_ALIKE
+        alike = self.apart >= APART and self.left <= most and self.separation >= SEPARATED
         # Cut-outs of natural images hold what makes these, but do not make others like them.
-        like = self.explains and (self.artifact.constant or self.likeness >= LIKE_ENOUGH)
+        least = LIKE_SOME if self.left <= HARDLY_APART else LIKE_ENOUGH
+        like = self.explains and (self.artifact.constant or self.likeness >= least)
         return alike and like and shows(self.artifact) and self.artifact.replaced <= REPLACED
 
     @property
@@ -282,10 +292,12 @@ def refitted(trial: Trial, evidence: Evidence) -> Artifact:
 
 
 def natural_changes(trial: Trial, evidence: Evidence, seed: int) -> list[Artifact]:
-    """Return what the same isolator makes of groups that the rest of the class falls into by itself.
+    """Return what the same isolator, or else that of any change, makes of groups that the rest falls into by itself.
 
     They are the control of a change of the whole image, of which there is no part that other content could take the
-    place of: images of a class are brighter or darker, sharper or softer without any artifact.
+    place of: images of a class are brighter or darker, sharper or softer without any artifact. Where the change leaves
+    hardly anything of what tells the cluster, and so is no natural one, natural changes the same way are no control: a
+    model that learnt the artifact answers to whatever is like it.
 
     Returns
     -------
@@ -305,8 +317,19 @@ def natural_changes(trial: Trial, evidence: Evidence, seed: int) -> list[Artifac
         inside = torch.from_numpy(group == number)
         if min(int(inside.sum()), int((~inside).sum())) >= 8:
             part = Evidence(rest[inside], maps[inside], rest[~inside], maps[~inside])
-            changes.append(ISOLATORS[trial.isolator](part))
-    return [change for change in changes if change is not None]
+            changes.append(ISOLATORS[trial.isolator](part) or isolate_change(part))
+    found = [change for change in changes if change is not None]
+    if trial.left > HARDLY_APART:
+        return found
+    other = [change for change in found if _cosine(change, trial.artifact, rest) < SAME_WAY]
+    return other or found
+
+
+def _cosine(change: Artifact, other: Artifact, images: Tensor) -> float:
+    """Return the cosine between what two changes do to images (n, C, H, W)."""
+    draws = np.arange(len(images))
+    one, two = ((each.insert(images, draws) - images).flatten() for each in (change, other))
+    return float(one @ two / (one.norm() * two.norm()).clamp_min(1e-9))
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
