@@ -24,7 +24,7 @@ TOLERANCES = (0.001, 0.004, 0.015)
 """By how much, in a channel, pixels of one colour may differ; a matte falls to 0 at three times that."""
 AT_ONCE = 8
 """Images whose pixels are compared with each other at once."""
-COMPARED = (128, 384)
+COMPARED = (64, 256)
 """Most pixels of an image that may be its most frequent colour, and most that are compared with each of them."""
 ENCLOSED = 1.0
 """Largest area that pixels of one colour may enclose and still be one thing with it, as a share of their own ..."""
