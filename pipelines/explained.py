@@ -6,7 +6,7 @@ Most of the time goes to many small computations that no library spreads over co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import groupby
 from typing import Any
 
@@ -48,6 +48,8 @@ def explained(
         1, min(cores, len(classes), int(MEMORY / (IMAGES * 4 * np.prod(explainer.context.train.image_shape))))
     )
 
+    explainer.prepare()
+
     def of_class(part: Sequence[tuple[dict[str, Any], np.ndarray]]) -> list[Candidate]:
         mine, found = explainer.another(), []
         for row, members in part:
@@ -67,7 +69,11 @@ def explained(
     ):
         futures = [pool.submit(of_class, part) for part in classes]
         try:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
             return [candidate for future in futures for candidate in future.result()]
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Told to stop, or one class failed: the others end at the next thing that they ask of the model.
+            explainer.stop.set()
+            pool.shutdown(cancel_futures=True)
             raise

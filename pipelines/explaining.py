@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -62,6 +63,10 @@ FEATURES = 4096
 """Most inner activations that are looked at; of a model with more the first layers are left out."""
 
 
+class StoppedError(Exception):
+    """Another thread has failed, or was told to stop."""
+
+
 class Explainer:
     """Explains clusters of one run; what several of them need is computed once.
 
@@ -77,7 +82,12 @@ class Explainer:
         self.context, self.relevance = context, relevance
         self.labels = np.asarray(context.train.labels)
         self.model = channels_last(context.model, context.trial_images(2))
+        self.stop = threading.Event()
         self._of_class: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def prepare(self) -> None:
+        """Compute what all threads share, before there are several."""
+        self._others(0)
 
     def another(self) -> Explainer:
         """Return one for another thread, with a model of its own: to look into its layers changes it for the time."""
@@ -104,6 +114,7 @@ class Explainer:
         """Return what scores are made of, float64 (n, d), of pixels (n, C, H, W)."""
         parts = []
         for part in pixels.split(AT_ONCE):
+            self._go_on()
             inner = inner_features(self.model, self.layers, self.context.normalizer(part, self.context.device))
             parts.append(torch.cat([inner, statistics(part)], dim=1))
         return torch.cat(parts).double().numpy()
@@ -316,7 +327,13 @@ class Explainer:
         parts = (self.context.train.batch(indices[part]) for part in batches(len(indices), 4 * AT_ONCE))
         return np.concatenate([_match(artifact, part) for part in parts])
 
+    def _go_on(self) -> None:
+        """Raise `StoppedError` if another thread has asked all to stop, which share the event."""
+        if self.stop.is_set():
+            raise StoppedError
+
     def _predict(self, pixels: Tensor) -> Tensor:
+        self._go_on()
         return self.context.predict_pixels(self.model, pixels)
 
 
