@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import groupby
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -49,13 +50,15 @@ def explained(
     )
 
     explainer.prepare()
+    counting = Lock()
 
     def of_class(part: Sequence[tuple[dict[str, Any], np.ndarray]]) -> list[Candidate]:
         mine, found = explainer.another(), []
         for row, members in part:
             candidate = mine.explain(row["cluster"], row["class_index"], members, *unusual(row))
             found += [candidate] if candidate is not None else []
-            count(1)
+            with counting:
+                count(1)
         return found
 
     def begin() -> None:

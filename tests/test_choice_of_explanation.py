@@ -77,6 +77,14 @@ def test_natural_changes_are_those_of_groups_of_the_rest() -> None:
     found = natural_changes(trial, evidence, 0)
     assert found
     assert any(float(c.gain.mean()) < 0.8 for c in found if isinstance(c, Changed))
+    # What a model that learnt one of them takes for it is no control of it, unless it may be natural itself.
+    dark = min((c for c in found if isinstance(c, Changed)), key=lambda c: float(c.gain.mean()))
+    gains = [
+        [float(c.gain.mean()) for c in natural_changes(replace(trial, artifact=dark, still_apart=still), evidence, 0)]
+        for still in (0.5, 0.9)
+    ]
+    assert float(dark.gain.mean()) not in gains[0]
+    assert float(dark.gain.mean()) in gains[1]
     local = Trial(
         "local",
         Artifact(torch.ones(2, 2), torch.ones(3, 2, 2), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True),
@@ -137,6 +145,7 @@ def test_a_change_of_the_whole_image_has_to_make_the_rest_look_like_the_cluster(
     ("isolator", "before", "after", "expected"),
     [
         *(("local", 0.95, 0.6, True), ("local", 0.95, 0.95, False), ("local", 0.7, 0.7, True)),
+        *(("local", 0.95, 0.77, True), ("shade", 0.95, 0.77, False)),
         *(("shade", 0.95, 0.6, True), ("shade", 0.95, 0.85, False), ("shade", 0.7, 0.5, False)),
     ],
 )
@@ -202,4 +211,7 @@ def test_cut_outs_account_for_a_cluster_if_they_have_donors() -> None:
     for artifact, expected in ((donated, True), (Artifact(*parts), False)):
         assert Trial("donated", artifact, 1.0, 1.0, 1.0, 0.95, 0.7).accounts is expected
         assert not Trial("donated", artifact, 1.0, 1.0, 1.0, 0.95, 0.85).accounts
-        assert not Trial("donated", artifact, 0.5, 1.0, 1.0, 0.95, 0.7).accounts
+        assert not Trial("donated", artifact, 0.7, 1.0, 1.0, 0.95, 0.7).accounts
+        # Where hardly a difference is left, each of which shows another one, it need not be as like.
+        assert Trial("donated", artifact, 0.7, 1.0, 1.0, 0.95, 0.65).accounts is expected
+        assert not Trial("donated", artifact, 0.5, 1.0, 1.0, 0.95, 0.65).accounts

@@ -86,7 +86,10 @@ Natural kinds of images differ in more than one thing: whatever is added to the 
 MORE_ALIKE = 0.5
 """The same for a change of the whole image: light and contrast are much of what natural kinds differ in."""
 HARDLY_APART = 0.4
-"""The same for cut-outs that make the rest only somewhat like the cluster; of natural kinds they left 0.53 and more."""
+"""The same for cut-outs that make the rest only somewhat like the cluster; of natural kinds they left 0.53 and more.
+
+Of a change of the whole image so little shows that it is no natural one.
+"""
 SAME_WAY = 0.5
 """Least cosine of two changes of the whole image that go the same way."""
 SHARP = 0.9
