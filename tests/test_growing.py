@@ -114,6 +114,18 @@ def test_the_boundary_is_where_both_are_as_likely(share: float, width: float) ->
     assert boundary(scores, added, carries) == pytest.approx(expected, abs=0.06)
 
 
+def test_samples_that_show_a_part_of_it_are_recognized_as_well() -> None:
+    rng = np.random.default_rng(3)
+    # Most match it exactly, the others as far as something hides it.
+    with_it = np.where(rng.random(100) < 0.85, rng.normal(1.0, 0.02, 100), rng.uniform(0.4, 0.9, 100))
+    added = np.where(rng.random(200) < 0.85, rng.normal(1.0, 0.02, 200), rng.uniform(0.4, 0.9, 200))
+    scores = np.concatenate([with_it, rng.normal(0.0, 0.1, 400)])
+    carries = np.arange(500) < 100
+    found = scores > boundary(scores, added, carries)
+    assert found[:100].mean() > 0.95
+    assert found[100:].mean() < 0.01
+
+
 def test_without_a_difference_there_is_a_boundary_all_the_same() -> None:
     scores = np.zeros(50)
     assert np.isfinite(boundary(scores, np.zeros(20), np.arange(50) < 10))

@@ -26,6 +26,8 @@ FARTHEST = 8.0
 """Most standard deviations by which a feature of a sample with an artifact added may be off: no network saw such."""
 SHARES = (0.02, 0.6)
 """Least and largest share of a class that carries an artifact at first."""
+LOWEST = 0.05
+"""Share of the scores of what an artifact was added to that tells how far below the median such scores reach."""
 NARROWEST = 0.05
 """Least standard deviation of the scores of what an artifact was added to: true samples have it rounded and cut off."""
 STEPS = 100
@@ -184,13 +186,15 @@ def boundary(scores: np.ndarray, added: np.ndarray, carries: np.ndarray) -> floa
     """Return the score from which on a sample more likely carries an artifact than not.
 
     Scores are a mixture of two normal distributions, of which that with the artifact is known: samples that it was
-    added to have it, robustly by median and median absolute deviation. Share and the other one are fitted by
+    added to have it, by median and the larger of two robust widths: that of the median absolute deviation and that of
+    the lowest 5 %, since what hides an artifact in part is more often below. Share and the other one are fitted by
     expectation maximization.
     """
     from scipy.stats import norm
 
     middle = float(np.median(added))
-    width = max(1.4826 * float(np.median(np.abs(added - middle))), NARROWEST)
+    below = (middle - float(np.quantile(added, LOWEST))) / -norm.ppf(LOWEST)
+    width = max(1.4826 * float(np.median(np.abs(added - middle))), below, NARROWEST)
     share = float(np.clip(carries.mean(), *SHARES))
     low, spread = float(scores[~carries].mean()), float(scores[~carries].std()) + 1e-6
 
