@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from spray.storage import read_json
 from spray.store.analyses import Analysis, open_analysis
+
+FOUND_AGAIN = 0.75
+"""Least Jaccard index of two clusters that are one found twice."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,27 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     both = len(np.intersect1d(a, b))
     union = len(a) + len(b) - both
     return both / union if union else 1.0
+
+
+def agreement(members: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
+    """Return in how many clusterings each cluster is found again, int (n,), its own among them.
+
+    What is a kind of its own comes out of clusterings into few and into many, of heatmaps normalised in one way and
+    another; other clusters shift with each.
+
+    Parameters
+    ----------
+    members : sequence of ndarray of int
+        The samples of each of n clusters.
+    names : sequence of str
+        Theirs: a clustering's, a slash and a number.
+    """
+    samples, column = np.unique(np.concatenate(members), return_inverse=True)
+    row = np.repeat(np.arange(len(members)), [len(each) for each in members])
+    shape = (len(members), len(samples))
+    holds = csr_array((np.ones(len(row), dtype=np.int64), (row, column)), shape=shape)
+    both = (holds @ holds.T).toarray()
+    size = both.diagonal()
+    found = both >= FOUND_AGAIN * (size[:, None] + size - both)
+    clusterings, number = np.unique([name.rpartition("/")[0] for name in names], return_inverse=True)
+    return np.stack([found[:, number == k].any(axis=1) for k in range(len(clusterings))], axis=1).sum(axis=1)

@@ -13,7 +13,7 @@ import numpy as np
 from spray.isolation.causal import holm, verdict
 from spray.isolation.choice import WHOLE
 from spray.pipelines.candidates import Candidate
-from spray.pipelines.clusters import jaccard, ranked_clusters
+from spray.pipelines.clusters import agreement, jaccard, ranked_clusters
 from spray.pipelines.context import Context
 from spray.pipelines.explained import explained
 from spray.pipelines.explaining import Explainer, trial_row
@@ -26,6 +26,8 @@ from spray.store.reading import Rows
 
 UNUSUAL, COMPARABLE = 0.05, 4
 """Largest q-value of clusters that the ranking finds unusual; classes that it takes to say what is usual."""
+APART = 0.5
+"""Jaccard index from which on two clusters, or the samples of two candidates, are too much the same."""
 
 MORE = (
     "flip_rate_interval",
@@ -71,20 +73,26 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
-    """Return the clusters to look at with their samples: the best of each class that overlap little."""
+    """Return the clusters to look at with their samples: of each class those that overlap little.
+
+    In turns that which ranks best and that on which most clusterings agree; of all classes first those that rank best.
+    """
     options = context.config.isolate
-    chosen: list[tuple[dict[str, Any], np.ndarray]] = []
-    taken: dict[int, list[np.ndarray]] = {}
+    ranked: list[tuple[dict[str, Any], np.ndarray]] = []
+    agreed: list[tuple[dict[str, Any], np.ndarray]] = []
     with ranked_clusters(context.run_dir, len(context.train)) as clusters:
-        for row in clusters.rows:
-            earlier = taken.setdefault(row["class_index"], [])
-            if len(earlier) == options.per_class:
-                continue
-            members = clusters.members(row)
-            if all(jaccard(members, other) < 0.5 for other in earlier):
-                earlier.append(members)
-                chosen.append((row, members))
-    return chosen[: options.candidates]
+        for c in dict.fromkeys(row["class_index"] for row in clusters.rows):
+            rows = [(row, clusters.members(row)) for row in clusters.rows if row["class_index"] == c]
+            again = agreement([members for _, members in rows], [row["cluster"] for row, _ in rows])
+            order = [rows, [rows[i] for i in np.argsort(-again, kind="stable")]]
+            own: list[tuple[dict[str, Any], np.ndarray]] = []
+            for turn in range(options.per_class):
+                apart = (each for each in order[turn % 2] if all(jaccard(each[1], one) < APART for _, one in own))
+                if (found := next(apart, None)) is not None:
+                    own.append(found)
+                    (ranked, agreed)[turn % 2].append(found)
+    ranked.sort(key=lambda each: each[0]["rank"])
+    return (ranked + agreed)[: options.candidates]
 
 
 def _with_groups(
@@ -99,7 +107,7 @@ def _with_groups(
         found += own
         if room > 0:
             for number, members in enumerate(explainer.groups(c, min(options.latent, room)), start=1):
-                if all(jaccard(members, other) < 0.5 for _, other in own):
+                if all(jaccard(members, other) < APART for _, other in own):
                     found.append(({"class_index": c, "cluster": f"latent-{number:02d}/1", "q_value": 1.0}, members))
                     room -= 1
     return found
@@ -142,7 +150,7 @@ def _distinct(candidates: list[Candidate]) -> list[Candidate]:
     kept: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (c.verdict != "no_effect", c.explained), reverse=True):
         if all(
-            candidate.class_index != other.class_index or jaccard(candidate.samples, other.samples) < 0.5
+            candidate.class_index != other.class_index or jaccard(candidate.samples, other.samples) < APART
             for other in kept
         ):
             kept.append(candidate)
