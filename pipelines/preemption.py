@@ -17,6 +17,7 @@ RESUME = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _received: list[str] = []
+_deferred: list[bool] = []
 
 
 class Preempted(BaseException):
@@ -42,9 +43,11 @@ def listening() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if _received and _is_on_its_way():
+        if _received and (_deferred or _is_on_its_way()):
             return
         _received.append(signal.Signals(number).name)
+        if _deferred:
+            return
         raise Preempted(_received[0])
 
     before: dict[int, Any] = {number: signal.signal(number, handle) for number in SIGNALS}
@@ -55,6 +58,18 @@ def listening() -> Iterator[None]:
             # None: set by something that isn't Python, which cannot be put back.
             old = signal.SIG_DFL if handler is None else handler
             signal.signal(number, signal.SIG_IGN if _received else old)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let a stop wait for the end of the block: C++ that is being initialised, PyTorch's say, takes no exception."""
+    _deferred.append(True)
+    try:
+        yield
+    finally:
+        _deferred.pop()
+    if not _deferred:
+        check()
 
 
 def check() -> None:

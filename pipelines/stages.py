@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from spray.errors import UserError
 from spray.pipelines import project
+from spray.pipelines.preemption import deferred
 from spray.pipelines.stage import Stage
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def load(names: Iterable[str], config: SprayConfig | None = None) -> dict[str, S
     while waiting:
         name = waiting.pop()
         if name not in loaded:
-            stage: Stage = import_module(f"spray.pipelines.{name}").STAGE
+            with deferred():
+                stage: Stage = import_module(f"spray.pipelines.{name}").STAGE
             if config is not None:
                 stage = replace(stage, needs=(*stage.needs, *stage.also_needs(config)))
                 if project.is_project(config):

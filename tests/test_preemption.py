@@ -17,7 +17,7 @@ from fakes import first_output
 from test_runner import RUN, is_running, record, wait_for
 
 from spray.pipelines import preemption
-from spray.pipelines.preemption import RESUME, Preempted, check, listening
+from spray.pipelines.preemption import RESUME, Preempted, check, deferred, listening
 from spray.pipelines.stages import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,6 +188,19 @@ def test_signals_that_come_together(start, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == RESUME
     assert err.count("\n") == 1
+
+
+def test_a_stop_waits_for_what_takes_no_exception():
+    reached = []
+    with pytest.raises(Preempted, match="SIGTERM"), listening():
+        with deferred():
+            with deferred():
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGUSR1)
+                reached.append("inner")
+            reached.append("outer")
+        reached.append("after")
+    assert reached == ["inner", "outer"]
 
 
 def test_a_stop_while_it_starts(tmp_path):
