@@ -192,7 +192,8 @@ def test_signals_that_come_together(start, tmp_path):
 
 def test_a_stop_waits_for_what_takes_no_exception():
     reached = []
-    with pytest.raises(Preempted, match="SIGTERM"), listening():
+
+    def importing():
         with deferred():
             with deferred():
                 signal.raise_signal(signal.SIGTERM)
@@ -200,6 +201,9 @@ def test_a_stop_waits_for_what_takes_no_exception():
                 reached.append("inner")
             reached.append("outer")
         reached.append("after")
+
+    with pytest.raises(Preempted, match="SIGTERM"), listening():
+        importing()
     assert reached == ["inner", "outer"]
 
 
