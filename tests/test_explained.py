@@ -24,13 +24,16 @@ class Explainer:
 
     def __init__(self, act: Any) -> None:
         self.act, self.stop, self.threads = act, threading.Event(), []
+        # Kept, so that no two are told by the same address.
+        self.made: list[Explainer] = []
         self.context = SimpleNamespace(train=SimpleNamespace(image_shape=(1, 8, 8)))
 
     def prepare(self) -> None:
         assert not self.threads
 
     def another(self) -> Explainer:
-        return copy.copy(self)
+        self.made.append(copy.copy(self))
+        return self.made[-1]
 
     def explain(self, cluster: str, c: int, members: np.ndarray, unusual: bool, repeated: bool) -> Any:
         self.threads.append((c, threading.get_ident()))
