@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController, threadpool_limits
+from threadpoolctl import threadpool_limits
 
+from spray.bulk.reading import compute_with
 from spray.pipelines.candidates import Candidate
 from spray.pipelines.explaining import Explainer
 
@@ -45,10 +46,8 @@ def explained(
     """
     classes = [list(part) for _, part in groupby(clusters, key=lambda each: each[0]["class_index"])]
     cores = torch.get_num_threads()
-    threads = max(
-        1, min(cores, len(classes), int(MEMORY / (IMAGES * 4 * np.prod(explainer.context.train.image_shape))))
-    )
-
+    room = int(MEMORY / (IMAGES * 4 * np.prod(explainer.context.train.image_shape)))
+    threads = max(1, min(cores, len(classes), room))
     explainer.prepare()
     counting = Lock()
 
@@ -61,14 +60,10 @@ def explained(
                 count(1)
         return found
 
-    def begin() -> None:
-        # Torch sets the number for a thread when it first needs it; only after that it can be changed for it alone.
-        torch.get_num_threads()
-        ThreadpoolController().select(user_api="openmp").limit(limits=max(1, cores // threads))
-
+    each = max(1, cores // threads)
     with (
-        threadpool_limits(max(1, cores // threads), user_api="blas"),
-        ThreadPoolExecutor(threads, initializer=begin) as pool,
+        threadpool_limits(each, user_api="blas"),
+        ThreadPoolExecutor(threads, initializer=compute_with, initargs=(each,)) as pool,
     ):
         futures = [pool.submit(of_class, part) for part in classes]
         try:

@@ -81,8 +81,12 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
     ranked: list[tuple[dict[str, Any], np.ndarray]] = []
     agreed: list[tuple[dict[str, Any], np.ndarray]] = []
     with ranked_clusters(context.run_dir, len(context.train)) as clusters:
-        for c in dict.fromkeys(row["class_index"] for row in clusters.rows):
-            rows = [(row, clusters.members(row)) for row in clusters.rows if row["class_index"] == c]
+        by_class: dict[int, list[dict[str, Any]]] = {}
+        for row in clusters.rows:
+            by_class.setdefault(row["class_index"], []).append(row)
+        # Further classes have no chance: even the best of their clusters ranks behind as many as are taken.
+        for of_class in list(by_class.values())[: options.candidates]:
+            rows = [(row, clusters.members(row)) for row in of_class]
             again = agreement([members for _, members in rows], [row["cluster"] for row, _ in rows])
             order = [rows, [rows[i] for i in np.argsort(-again, kind="stable")]]
             own: list[tuple[dict[str, Any], np.ndarray]] = []

@@ -225,8 +225,7 @@ def test_scores_are_those_of_the_batches() -> None:
     artifact, images = simple(), scenes(10, 1, (3, 12, 12))
     together = scores(artifact, iter([images[:4], images[4:]]))
     assert together.dtype == np.float32
-    # A product of matrices rounds differently in batches of other sizes, by some units of the last of 24 bits.
-    np.testing.assert_allclose(together, artifact.score(images).numpy(), atol=1e-5)
+    np.testing.assert_allclose(together, artifact.score(images).numpy(), atol=1e-6)
     whole = artifact.insert(images, np.arange(10) % 2)
     assert artifact.score(whole).min() > 0.99
 

@@ -211,6 +211,7 @@ def test_cut_outs_account_for_a_cluster_if_they_have_donors() -> None:
     for artifact, expected in ((donated, True), (Artifact(*parts), False)):
         assert Trial("donated", artifact, 1.0, 1.0, 1.0, 0.95, 0.7).accounts is expected
         assert not Trial("donated", artifact, 1.0, 1.0, 1.0, 0.95, 0.85).accounts
+        assert not Trial("donated", artifact, 0.5, 1.0, 1.0, 0.95, 0.7).accounts
         assert not Trial("donated", artifact, 0.7, 1.0, 1.0, 0.95, 0.7).accounts
         # Where hardly a difference is left, each of which shows another one, it need not be as like.
         assert Trial("donated", artifact, 0.7, 1.0, 1.0, 0.95, 0.65).accounts is expected

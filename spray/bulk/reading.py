@@ -61,7 +61,7 @@ def read_ahead(
 
     waiting: deque[tuple[T, np.ndarray, Future[Tensor]]] = deque()
     rest = iter(parts)
-    pool = ThreadPoolExecutor(max_workers=max(1, threads), initializer=_compute_alone)
+    pool = ThreadPoolExecutor(max_workers=max(1, threads), initializer=compute_with)
     try:
         while True:
             while len(waiting) < max(1, depth):
@@ -81,12 +81,12 @@ def read_ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compute_alone() -> None:
-    """Have torch use no threads besides this one for what it is asked here.
+def compute_with(threads: int = 1) -> None:
+    """Have torch use so many threads for what it is asked in this one; by default none besides.
 
     Turning pixels into numbers would start helpers for each reading thread, which wait for more by spinning: on two
     cores that took a fifth of the time away from the explanations.
     """
     # Torch sets the number for a thread when it first needs it; only after that it can be changed for it alone.
     torch.get_num_threads()
-    ThreadpoolController().select(user_api="openmp").limit(limits=1)
+    ThreadpoolController().select(user_api="openmp").limit(limits=threads)

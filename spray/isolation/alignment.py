@@ -33,21 +33,27 @@ def match(images: Tensor, template: Tensor, mask: Tensor, radius: int) -> tuple[
     shift : Tensor of int64
         (n, 2): by how many rows and columns the image's content lies away from the template's.
     """
-    # All else has no weight.
-    rows, columns = (mask.amax(dim=dim).nonzero()[:, 0] for dim in (1, 0))
-    part = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
-    kernels, weights, constant = _shifted_kernels(template[:, *part], mask[part].to(images), radius)
+    # All else has no weight. In double precision, since of the large sums next to nothing is left where images match.
+    part = extent(mask)
+    kernels, weights, constant = _shifted_kernels(template[:, *part].double(), mask[part].to(images).double(), radius)
     padded = nn.functional.pad(images, (radius,) * 4, mode="replicate")
-    padded = padded[:, :, part[0].start : part[0].stop + 2 * radius, part[1].start : part[1].stop + 2 * radius]
+    rows, columns = (slice(side.start, side.stop + 2 * radius) for side in part)
+    padded = padded[:, :, rows, columns].double()
     squares = (padded**2).sum(dim=1).flatten(1) @ weights
     products = padded.flatten(1) @ kernels
-    distance = (squares - 2 * products + constant) / mask.sum()
+    distance = ((squares - 2 * products + constant) / mask.sum()).to(images)
     # Shifts that come equally close are decided for the smallest one: without content there is nothing to follow.
     offset = torch.arange(-radius, radius + 1, device=images.device).float()
     length = (offset[:, None] ** 2 + offset**2).flatten()
     best = (distance + 1e-6 * length).argmin(dim=1)
     shift = torch.stack([best // len(offset), best % len(offset)], dim=1) - radius
     return distance.gather(1, best[:, None])[:, 0].clamp_min(0), shift
+
+
+def extent(mask: Tensor) -> tuple[slice, slice]:
+    """Return the rows and the columns that a mask (H, W), not all zero, reaches over."""
+    rows, columns = (mask.amax(dim=dim).nonzero()[:, 0] for dim in (1, 0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def _shifted_kernels(template: Tensor, mask: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,9 +157,8 @@ def match_anywhere(images: Tensor, template: Tensor, mask: Tensor) -> tuple[Tens
     shift : Tensor of int64
         (n, 2): by how many rows and columns the image's content lies away from the template's.
     """
-    rows, columns = (mask.amax(dim=dim).nonzero()[:, 0] for dim in (1, 0))
-    top, left = int(rows[0]), int(columns[0])
-    part = (slice(top, int(rows[-1]) + 1), slice(left, int(columns[-1]) + 1))
+    part = extent(mask)
+    top, left = part[0].start, part[1].start
     weight, content = mask[part].to(images), template[:, *part].to(images)
     squares = nn.functional.conv2d(images.square().sum(dim=1, keepdim=True), weight[None, None])
     products = nn.functional.conv2d(images, (weight * content)[None])

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from spray.isolation.alignment import match_anywhere
+from spray.isolation.alignment import extent, match_anywhere
 from spray.isolation.artifact import Scattered
 from spray.isolation.candidate import isolate
 from spray.isolation.evidence import Evidence
@@ -43,9 +43,9 @@ def isolate_scattered(evidence: Evidence) -> Scattered | None:
     mask[top : top + side, left : left + side] = local.mask
     pattern[:, top : top + side, left : left + side] = local.pattern
     shifts = match_anywhere(evidence.images, pattern, mask)[1]
-    rows, columns = (mask.amax(dim=dim).nonzero()[:, 0] for dim in (1, 0))
-    ends = (rows[0], columns[0], height - 1 - rows[-1], width - 1 - columns[-1])
-    found = Scattered(mask, pattern, shifts, 1.0, max(1, *(int(end) for end in ends)), True)
+    rows, columns = extent(mask)
+    ends = (rows.start, columns.start, height - rows.stop, width - columns.stop)
+    found = Scattered(mask, pattern, shifts, 1.0, max(1, *ends), True)
     scale = float((1 - found.score(evidence.other_images)).median())
     return replace(found, scale=max(scale, 1e-6))
 

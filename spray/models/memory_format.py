@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +28,10 @@ def channels_last(model: nn.Module, x: Tensor) -> nn.Module:
     -------
     nn.Module
     """
-    found = copy.deepcopy(model)
-    if x.device.type != "cpu":
-        return found
-    with torch.inference_mode():
-        expected = model(x)
-        try:
-            found = found.to(memory_format=torch.channels_last)
-            logits = found(x)
-        except RuntimeError:
-            return copy.deepcopy(model)
-    same = (logits - expected).abs().max() <= EQUAL * expected.abs().max()
-    return found if bool(same) else copy.deepcopy(model)
+    if x.device.type == "cpu":
+        found = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        with torch.inference_mode(), suppress(RuntimeError):
+            expected, logits = model(x), found(x)
+            if bool((logits - expected).abs().max() <= EQUAL * expected.abs().max()):
+                return found
+    return copy.deepcopy(model)
