@@ -57,7 +57,7 @@ def agreement(members: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray
     """Return in how many clusterings each cluster is found again, int (n,), its own among them.
 
     What is a kind of its own comes out of clusterings into few and into many, of heatmaps normalised in one way and
-    another; other clusters shift with each.
+    another; other clusters shift with each. The ranking's evidence `stability` asks it of the clusterings of one view.
 
     Parameters
     ----------
