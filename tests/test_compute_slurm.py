@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -71,6 +73,17 @@ def test_looking_at_the_script_writes_and_submits_nothing(slurm, run_dir):
     job_script(context(run_dir))
     assert list(run_dir.iterdir()) == []
     assert slurm.jobs() == []
+
+
+def test_an_interrupt_means_what_it_did_before():
+    # In a process of its own: what an import does, it does once.
+    code = """
+import signal
+from spray.pipelines.compute.dask_slurm import _jobqueue
+_jobqueue().SLURMCluster
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

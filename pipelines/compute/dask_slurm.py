@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import math
@@ -9,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -90,14 +92,13 @@ def job_script(context: Context) -> str:
         For a mistake in `compute.slurm`.
     """
     check(context)
-    from dask_jobqueue.slurm import SLURMJob
-
     options = cluster_options(context)
     folder = options["log_directory"]
     for key in ("scheduler_options", "shared_temp_directory", "security"):
         options.pop(key, None)
     # The folder of logs would be made if it weren't there.
-    script: str = SLURMJob(
+    make_job = _jobqueue().slurm.SLURMJob
+    script: str = make_job(
         "tcp://SCHEDULER:PORT", name=f"{JOB_NAME}-0", **options | {"log_directory": os.sep}
     ).job_script()
     return script.replace(f"{os.sep}/{JOB_NAME}-", f"{folder}/{JOB_NAME}-")
@@ -127,9 +128,7 @@ def run(
     setting = here(threads=worker_threads(context))
 
     def start() -> Any:
-        from dask_jobqueue import SLURMCluster
-
-        queue.cluster = SLURMCluster(**options)
+        queue.cluster = _jobqueue().SLURMCluster(**options)
         try:
             queue.submit()
         except BaseException:
@@ -141,6 +140,17 @@ def run(
 
     crew = Crew(setting, options["log_directory"], heal=queue.heal)
     compute_on(start, crew, context, job, shards, on_done, make)
+
+
+def _jobqueue() -> Any:
+    """Import dask_jobqueue, with Ctrl-C as it was: that import makes it end the process with exit code 0."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return importlib.import_module("dask_jobqueue")
+    finally:
+        # None: set by something that isn't Python, which cannot be put back.
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 class Queue:
