@@ -146,9 +146,9 @@ class IsolateConfig:
 
     # Most clusters looked at, of each class and altogether.
     per_class: int = 4
-    candidates: int = 48
+    candidates: int = 64
     # Most groups of each class that the model's inner activations show, whatever the heatmaps do; 0: none.
-    latent: int = 2
+    latent: int = 3
     # Most samples that an artifact is isolated from, and most test images that it is added to.
     n_samples: int = 200
     n_tested: int = 500

@@ -349,3 +349,10 @@ def test_what_accounts_for_its_cluster_has_to_move_no_more_than_matters() -> Non
     assert verdict(found, True, 0.001, 0.001, accounts=True) == "clever_hans"
     assert verdict(replace(found, flip_rate=0.05), True, 0.001, 0.001, accounts=True) == "no_effect"
     assert verdict(found, True, 0.001, 0.001, unusual=False, accounts=True) == "no_effect"
+
+
+def test_a_mean_gain_that_may_be_none_does_not_undo_a_verdict_and_a_certain_loss_does() -> None:
+    found = Effect(0.4, 0.2, -0.4, 0.001, 1.0, 0.001, 500, logit_gain_interval=[-1.0, 0.1])
+    assert verdict(found, True, 0.001, 0.001) == "clever_hans"
+    assert verdict(replace(found, logit_gain_interval=[-1.0, -0.1]), True, 0.001, 0.001) == "no_effect"
+    assert verdict(replace(found, logit_gain_interval=None), True, 0.001, 0.001) == "no_effect"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -261,19 +259,20 @@ def test_a_seed_fixes_the_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_pynndescent_leaves_the_threads_as_they_are() -> None:
-    code = """
-import numpy as np, torch
-from spray.analysis.neighbors import nearest_neighbors, neighbor_recall
-torch.set_num_threads(3)
-X = np.random.default_rng(0).normal(size=(3000, 6)).astype(np.float32)
-first, distances = nearest_neighbors(X, 10, method="pynndescent")
-assert torch.get_num_threads() == 3
-assert neighbor_recall(X, first) > 0.97
-import numba
-assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
-assert (nearest_neighbors(X, 10, method="pynndescent")[0] == first).all()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    import numba
+    import torch
+
+    before, numbas = torch.get_num_threads(), numba.get_num_threads()
+    X = np.random.default_rng(0).normal(size=(3000, 6)).astype(np.float32)
+    torch.set_num_threads(3)
+    try:
+        first, _ = nearest_neighbors(X, 10, method="pynndescent")
+        assert torch.get_num_threads() == 3
+        assert numba.get_num_threads() == numbas
+        assert neighbor_recall(X, first) > 0.97
+        assert (nearest_neighbors(X, 10, method="pynndescent")[0] == first).all()
+    finally:
+        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------------------- the pieces

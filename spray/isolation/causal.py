@@ -354,9 +354,9 @@ def verdict(
     Returns
     -------
     str
-        "clever_hans" where adding it moves more predictions to the class, and raises its logit more, than the control,
-        and removing it costs the class's own samples; "backdoor" where removing does not but the artifact alone turns
-        most images. "sample_bias" where there is nothing to add that would move the model but the samples are a kind
+        "clever_hans" where adding it moves more predictions to the class than the control, with a mean gain of its
+        logit that is not below the control's by more than chance, and removing it costs the class's own samples;
+        "backdoor" where removing does not but the artifact alone turns most images. "sample_bias" where there is nothing to add that would move the model but the samples are a kind
         of their own, apart from the rest of their class, on which the model is wrong far more often: it learned the
         class without them. "no_effect" where it is nothing of that, or not `unusual`: a kind of sample that the model
         does as well on as on the rest is no bias but what a class consists of.
@@ -365,7 +365,9 @@ def verdict(
         return "no_effect"
     flips = effect.flip_rate - effect.control_flip_rate
     enough = flips >= (ACCOUNTED if accounts else MIN_EFFECT if constant else 3 * MIN_EFFECT)
-    if p_value < LEVEL and enough and effect.logit_gain > 0:
+    # What turns some images for certain, and leaves the others to whatever they showed, may gain nothing in the mean.
+    most = effect.logit_gain_interval[1] if effect.logit_gain_interval else effect.logit_gain
+    if p_value < LEVEL and enough and most > 0:
         if removal_p_value < LEVEL and effect.removal_cost > 0:
             return "clever_hans"
         if trigger and effect.flip_rate >= TRIGGER:
