@@ -356,10 +356,11 @@ def verdict(
     str
         "clever_hans" where adding it moves more predictions to the class than the control, with a mean gain of its
         logit that is not below the control's by more than chance, and removing it costs the class's own samples;
-        "backdoor" where removing does not but the artifact alone turns most images. "sample_bias" where there is nothing to add that would move the model but the samples are a kind
-        of their own, apart from the rest of their class, on which the model is wrong far more often: it learned the
-        class without them. "no_effect" where it is nothing of that, or not `unusual`: a kind of sample that the model
-        does as well on as on the rest is no bias but what a class consists of.
+        "backdoor" where removing does not but the artifact alone turns most images. "sample_bias" where there is
+        nothing to add that would move the model but the samples are a kind of their own, apart from the rest of their
+        class, on which the model is wrong far more often: it learned the class without them. "no_effect" where it is
+        nothing of that, or not `unusual`: a kind of sample that the model does as well on as on the rest is no bias but
+        what a class consists of.
     """
     if not unusual:
         return "no_effect"
