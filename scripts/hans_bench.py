@@ -13,7 +13,8 @@ A miss is a miss only where the model relies on its artifact: where that costs i
 it costs the ceiling, which may see worse with it, but learnt nothing from it.
 
 In the output folder: `hans.csv`, one row for each cell, planted artifact and model (columns: `--columns`),
-`summary.md` with the misses one by one, and figures. Exit code 1 if a cell failed.
+`summary.md` with the misses one by one, `cases.md` with a line for each model, and figures. Exit code 1 if a cell
+failed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hans_cases
 import hans_cells
 import hans_reliance
 import hans_rows
@@ -82,12 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(cells: Sequence[Cell], records: dict[str, dict[str, Any]], out: Path) -> None:
-    """Write `hans.csv`, `summary.md` and the figures, of the cells that are done."""
+    """Write `hans.csv`, `summary.md`, `cases.md` and the figures, of the cells that are done."""
     done = [records[cell.name] for cell in cells if "error" not in records[cell.name]]
     failed = [(cell.name, records[cell.name]["error"]) for cell in cells if "error" in records[cell.name]]
     rows = [row for record in done for row in hans_rows.rows_of(record, out)]
     hans_rows.write_table(out / "hans.csv", rows)
     write_text(out / "summary.md", hans_tables.summary(rows, failed))
+    write_text(out / "cases.md", hans_cases.text(rows))
     if rows:
         import hans_plots
 

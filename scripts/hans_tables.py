@@ -54,11 +54,11 @@ def summary(rows: Sequence[Row], failed: Iterable[tuple[str, str]] = ()) -> str:
 
 def detection(cells: Sequence[Row]) -> str:
     """Return the table of what was found, for each set of images and kind, of the models that rely on it."""
-    head = (
+    columns = (
         "set, kind, rates | models that rely on it | first | found | hit@1 | reciprocal rank | precision | recall | "
         "AUROC | average precision | IoU"
     )
-    lines = _head(head)
+    lines = head(columns)
     for (dataset, kind), group in grouped(cells, "dataset", "kind").items():
         relying = [row for row in group if row.get("relies")]
         numbers = [_mean(relying, key) for key in _FOUND]
@@ -84,7 +84,7 @@ _FOUND = (
 
 def alarms(cells: Sequence[Row]) -> str:
     """Return the table of false verdicts, for each set and arm."""
-    lines = _head("set, arm | models | with a false verdict | false verdicts per model | candidates tested")
+    lines = head("set, arm | models | with a false verdict | false verdicts per model | candidates tested")
     explained = [row for row in cells if row.get("n_candidates") is not None]
     for (dataset, arm), group in grouped(explained, "dataset", "arm").items():
         false = [row["false_alarms"] for row in group]
@@ -101,13 +101,13 @@ def corrections(rows: Sequence[Row]) -> str:
     """Return the table of the corrections, where the artifact was found and relied on, against the ceiling."""
     corrected = [row for row in rows if row.get("relies") and row.get("found")]
     groups = grouped(corrected, "cell")
-    lines = _head(
+    lines = head(
         "model | runs | clean | with the artifact | to the ceiling, points | clean lost, points | "
         "as good as the ceiling | better than fine-tuning | TCAV | worst group"
     )
     names = dict.fromkeys(row["model"] for row in corrected)
     for name in [*names, "chosen"]:
-        own = [(_pick(group, name), group) for group in groups.values()]
+        own = [(pick(group, name), group) for group in groups.values()]
         pairs = [(row, group) for row, group in own if row is not None]
         if not pairs:
             continue
@@ -119,7 +119,7 @@ def corrections(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {name if name != 'chosen' else '**chosen without the truth**'} | {len(mine)} "
             f"| {_mean(mine, 'clean_accuracy')} | {_mean(mine, 'attacked_accuracy')} "
-            f"| {_average(gaps, '+.1f')} | {_average(lost, '+.1f')} | {_share(good)} | {_share(better)} "
+            f"| {average(gaps, '+.1f')} | {average(lost, '+.1f')} | {_share(good)} | {_share(better)} "
             f"| {_mean(mine, 'tcav')} | {_mean(mine, 'worst_group_accuracy')} |"
         )
     return "\n".join(lines)
@@ -130,7 +130,7 @@ def by_kind(rows: Sequence[Row]) -> str:
     planted = [row for row in rows if row["arm"] == "planted" and row.get("relies")]
     names = list(dict.fromkeys(row["model"] for row in planted))
     names = [*(name for name in names if name != "ceiling"), *(name for name in names if name == "ceiling")]
-    lines = _head(" | ".join(["set, kind", *names, "chosen"]))
+    lines = head(" | ".join(["set, kind", *names, "chosen"]))
     for (dataset, kind), group in grouped(planted, "dataset", "kind").items():
         cells = [_mean([row for row in group if row["model"] == name], "attacked_accuracy") for name in names]
         chosen = ", ".join(dict.fromkeys(str(row["chosen"] or "–") for row in group))
@@ -140,7 +140,7 @@ def by_kind(rows: Sequence[Row]) -> str:
 
 def biases(rows: Sequence[Row]) -> str:
     """Return the table of wrong labels and of missing kinds of samples, with what is right for each."""
-    lines = _head(
+    lines = head(
         "set, bias | models | clean | without the bias | on the kind that is missing | without the bias | "
         "false verdicts"
     )
@@ -179,7 +179,7 @@ def misses(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _correction_misses(name: str, group: Sequence[Row]) -> Iterable[str]:
-    best = _pick(group, "chosen")
+    best = pick(group, "chosen")
     if best is None:
         yield f"{name}: nothing was corrected"
         return
@@ -188,7 +188,7 @@ def _correction_misses(name: str, group: Sequence[Row]) -> Iterable[str]:
         yield f"{name}: {best['model']} stays {100 * gap:.1f} points below the ceiling with the artifact"
     if lost > CLEAN_LOSS:
         yield f"{name}: {best['model']} loses {100 * lost:.1f} points of clean accuracy"
-    clarc = _pick(group, "a_clarc")
+    clarc = pick(group, "a_clarc")
     if clarc is not None and beats_control(clarc, group) is False:
         yield f"{name}: a_clarc is not better than fine-tuning"
     if best.get("recheck") == "left":
@@ -197,7 +197,7 @@ def _correction_misses(name: str, group: Sequence[Row]) -> Iterable[str]:
 
 def to_ceiling(row: Row, group: Sequence[Row]) -> float | None:
     """Return by how much a model's accuracy with the artifact is below that of the model trained on clean data."""
-    ceiling = _pick(group, "ceiling")
+    ceiling = pick(group, "ceiling")
     if ceiling is None or row.get("attacked_accuracy") is None:
         return None
     return float(ceiling["attacked_accuracy"] - row["attacked_accuracy"])
@@ -205,7 +205,7 @@ def to_ceiling(row: Row, group: Sequence[Row]) -> float | None:
 
 def clean_lost(row: Row, group: Sequence[Row]) -> float:
     """Return by how much a model's clean accuracy is below that of the untouched model."""
-    original = _pick(group, "original")
+    original = pick(group, "original")
     assert original is not None
     return float(original["clean_accuracy"] - row["clean_accuracy"])
 
@@ -218,7 +218,7 @@ def as_good(row: Row, group: Sequence[Row]) -> bool | None:
 
 def beats_control(row: Row, group: Sequence[Row]) -> bool | None:
     """Return whether a correction is better with the artifact than fine-tuning on the same budget."""
-    control = _pick(group, "fine_tuned")
+    control = pick(group, "fine_tuned")
     if control is None or row["model"] in (*OTHERS, "fine_tuned"):
         return None
     return bool(row["attacked_accuracy"] > control["attacked_accuracy"])
@@ -233,7 +233,8 @@ def grouped(rows: Iterable[Row], *keys: str) -> dict[Any, list[Row]]:
     return groups
 
 
-def _pick(group: Sequence[Row], name: str) -> Row | None:
+def pick(group: Sequence[Row], name: str) -> Row | None:
+    """Return the row of one of a cell's models, `chosen` for the one that was chosen; None if there is none."""
     if name == "chosen":
         return next((row for row in group if row["is_chosen"]), None)
     return next((row for row in group if row["model"] == name), None)
@@ -256,15 +257,17 @@ def _section(title: str, text: str) -> str:
     return f"### {title}\n\n{text}"
 
 
-def _head(columns: str) -> list[str]:
+def head(columns: str) -> list[str]:
+    """Return the first two lines of a table, from the names of its columns."""
     return [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
 
 
 def _mean(rows: Sequence[Row], key: str) -> str:
-    return _average([float(row[key]) for row in rows if row.get(key) is not None], ".3f")
+    return average([float(row[key]) for row in rows if row.get(key) is not None], ".3f")
 
 
-def _average(values: Sequence[float], form: str) -> str:
+def average(values: Sequence[float], form: str) -> str:
+    """Return the mean in a format, a dash for no values."""
     return format(sum(values) / len(values), form) if values else "–"
 
 

@@ -16,6 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import hans_bench
+import hans_cases
 import hans_cells
 import hans_reliance
 import hans_rows
@@ -197,6 +198,28 @@ def test_tables_average_runs_not_models() -> None:
     assert "- worse: no space" in text
 
 
+def test_case_by_case() -> None:
+    missed = [row | {"found": False, "is_chosen": False} for row in study() if row["cell"] == "bad"]
+    rows = [*(row for row in study() if row["cell"] != "bad"), *missed]
+    rows = [row | {"seed": 3} for row in rows]
+    text = hans_cases.text(rows)
+    good, bad = (line for line in text.splitlines() if ", 20 %, 3 |" in line)
+    assert good == (
+        "| photos32, tag, 20 %, 3 | found | 1.00 | 0.95 | 0.990 | 0.70 "
+        "| 0.200 | 0.300 | 0.875 | 0.875 | 0.880 | 0.900 | 0.897 | 0 |"
+    )
+    assert bad.startswith("| photos32, box, 20 %, 3 | missed | 0.80 |")
+    assert bad.endswith("| 0.200 | 0.700 | 0.650 | – | 0.880 | 0.900 | – | 2 |")
+    # Of what was found alone; false verdicts of all.
+    assert (
+        "| photos32, 20 % | 2 of 2 | 1 of 2 | 1.00 | 0.95 | 0.990 | 0.70 "
+        "| 0.200 | 0.300 | 0.875 | 0.880 | 0.900 | 0.897 | 1 of 2 |"
+    ) in text
+    assert text.count("1 of 1 |") == 1
+    both = hans_cases.overview([row | {"seed": 3} for row in study()])
+    assert "| 2 of 2 | 0.80 to 1.00 | 0.95 | 0.990 | 0.40 to 0.70 | 0.200 | 0.500 | 0.762 |" in both
+
+
 def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:
     hans_rows.write_table(tmp_path / "hans.csv", study())
     with (tmp_path / "hans.csv").open(newline="") as file:
@@ -246,6 +269,7 @@ def test_the_quick_study(tmp_path: Path) -> None:
         assert float(row["attacked_accuracy"]) == pytest.approx(models[name]["planted"]["attacked_accuracy"], abs=1e-6)
     assert next(row["model"] for row in rows if row["arm"] == "clean") == "original"
     assert "### Misses" in (tmp_path / "summary.md").read_text()
+    assert "| photos32, tag, 20 %, 0 |" in (tmp_path / "cases.md").read_text()
     for figure in ("detection.png", "samples.png", "corrections.png"):
         assert (tmp_path / figure).stat().st_size > 5000
     # Done cells are passed over.
