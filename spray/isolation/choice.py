@@ -52,7 +52,8 @@ ISOLATORS: dict[str, Isolator] = {
 """From the simplest on: of two that explain a cluster as well the earlier one is chosen."""
 
 CUT_OUT = 0.5
-"""Handicap of cut-outs whose content varies: they take along what else is there, and explain nothing by themselves."""
+"""Handicap of cut-outs whose content varies: they take along what else is there, and explain nothing by themselves,
+unless they account for the cluster."""
 EFFECT = 0.5
 """Most that its effect on the model adds to the evidence for an explanation."""
 GROUPS = 4
@@ -76,7 +77,7 @@ what it makes does not look like the group.
 """
 LIKE_SOME = 0.65
 """The same of cut-outs after which hardly anything tells the rest from the cluster: each sample shows another one."""
-APART = 0.85
+APART = 0.8
 """Least area under the curve by which the cluster's samples have to be told from the rest ..."""
 ALIKE = 0.65
 """... and largest share of it, of what exceeds chance, that may be left once the artifact is added to the rest.
@@ -174,7 +175,7 @@ class Trial:
     def evidence(self) -> float:
         """What trials are compared by."""
         effect = (self.flip_rate or 0.0) - 0.5 * (self.control_flip_rate or 0.0)
-        handicap = 0.0 if self.artifact.constant else CUT_OUT
+        handicap = 0.0 if self.artifact.constant or self.accounts else CUT_OUT
         return (
             self.likeness
             + 0.5 * (self.explained + 2 * self.separation - 1)
