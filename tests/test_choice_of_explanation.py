@@ -216,3 +216,13 @@ def test_cut_outs_account_for_a_cluster_if_they_have_donors() -> None:
         # Where hardly a difference is left, each of which shows another one, it need not be as like.
         assert Trial("donated", artifact, 0.7, 1.0, 1.0, 0.95, 0.65).accounts is expected
         assert not Trial("donated", artifact, 0.5, 1.0, 1.0, 0.95, 0.65).accounts
+
+
+def test_cut_outs_that_account_for_a_cluster_have_no_handicap() -> None:
+    piece = a_piece()
+    donated = Donated(
+        piece.mask, piece.pattern, piece.shifts, 1.0, 1, False, torch.ones(2, 3, 10, 10), piece.mask.expand(2, -1, -1)
+    )
+    for separation, handicap in ((1.0, 0.0), (0.7, choice.CUT_OUT)):
+        varying, constant = (Trial("donated", one, 1.0, 1.0, separation, 0.95, 0.7) for one in (donated, piece))
+        assert constant.evidence - varying.evidence == pytest.approx(handicap)
