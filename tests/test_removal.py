@@ -75,6 +75,16 @@ def test_what_shines_through_is_brought_back() -> None:
     torch.testing.assert_close(removed(veil, marked, torch.zeros(3, 24, 24)), images, atol=1e-5, rtol=0)
 
 
+def test_behind_something_drawn_the_image_is_continued_whatever_its_opacity_was_thought_to_be() -> None:
+    images, alpha = slopes(), 0.4 * square()
+    marked = torch.where(square() > 0, 1.0, images)
+    parts = (alpha, torch.ones(3, 24, 24), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
+    drawn = Blended(*parts, torch.ones(3, 24, 24) * square(), torch.zeros(1), 0.0, 0.0)
+    back = removed(drawn, marked, torch.zeros(3, 24, 24))
+    assert (drawn.without(marked) - images).abs().max() > 0.5
+    assert (back - images)[:, :, 7:10, 9:12].abs().max() < 0.1
+
+
 def test_a_hole_elsewhere_is_as_large_and_lies_elsewhere() -> None:
     masks = square()[None, None].expand(20, -1, -1, -1)
     moved = elsewhere(masks, 0)

@@ -43,14 +43,19 @@ class Blended(Artifact):
     bias: float
     zero: float
 
+    @property
+    def drawn(self) -> bool:
+        """Whether it has edges."""
+        return bool(self.template.any())
+
     def score(self, images: Tensor) -> Tensor:
         """Return how much an image is like the cluster, 1, rather than like the rest, 0, (n,)."""
-        if not self.template.any():
+        if not self.drawn:
             return statistics(images) @ self.weights.to(images) + self.bias
         return (answers(images, self.template, self.radius)[0] - self.zero) / self.scale
 
     def _match(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.template.any():
+        if not self.drawn:
             return torch.zeros(len(images)), torch.zeros(len(images), 2, dtype=torch.int64)
         return answers(images, self.template, self.radius)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from spray.isolation.artifact import Artifact
 from spray.isolation.changed import rms
 from spray.isolation.matted import Donated
-from spray.isolation.removal import Reversible, elsewhere, filled, removed
+from spray.isolation.removal import elsewhere, filled, is_undone, removed
 from spray.verification import wilson_interval
 
 LEVEL = 0.01
@@ -224,7 +224,7 @@ def _removal_control(
     and undone in samples without it, it would be a change itself, mostly a worse one. So each image is compared with
     itself, by Wilcoxon's signed-rank test.
     """
-    if isinstance(artifact, Reversible) and not artifact.bound_to_a_place:
+    if is_undone(artifact) and not artifact.bound_to_a_place:
         p_value = float(wilcoxon(cost, alternative="greater").pvalue) if bool(cost.any()) else 1.0
         return torch.zeros_like(cost), p_value
     control = removal_cost(predict, artifact, target, donors, typical)
@@ -272,7 +272,7 @@ def _cost_elsewhere(
     predict: Predictor, artifact: Artifact, target: int, carriers: Tensor, typical: Tensor, seed: int
 ) -> float | None:
     """Return what in-painting as large a hole elsewhere costs; None for an artifact that has no place of its own."""
-    if not artifact.bound_to_a_place or isinstance(artifact, Reversible):
+    if not artifact.bound_to_a_place or is_undone(artifact):
         return None
     holes = elsewhere(artifact.found(carriers), seed)
     return float((margin(predict(carriers), target) - margin(predict(filled(carriers, holes, typical)), target)).mean())

@@ -45,6 +45,7 @@ class Changed(Artifact):
 
     kind: ClassVar[str] = "global"
     exact: ClassVar[bool] = False
+    drawn: ClassVar[bool] = False
 
     gain: Tensor
     offset: Tensor

@@ -22,6 +22,11 @@ HIDDEN = 0.05
 class Reversible(Protocol):
     """An artifact that can be undone: the image shows through it."""
 
+    @property
+    def drawn(self) -> bool:
+        """Whether it has edges: then what lies behind it is better continued from around it."""
+        ...
+
     def without(self, images: Tensor) -> Tensor:
         """Return images (n, C, H, W) with it undone."""
         ...
@@ -44,9 +49,17 @@ def removed(artifact: Artifact, images: Tensor, typical: Tensor) -> Tensor:
     Tensor
         (n, C, H, W).
     """
-    if isinstance(artifact, Reversible):
+    if isinstance(artifact, Reversible) and is_undone(artifact):
         return artifact.without(images)
     return filled(images, artifact.found(images), typical)
+
+
+def is_undone(artifact: Artifact) -> bool:
+    """Return whether an artifact is removed by undoing it rather than by in-painting.
+
+    How opaque something drawn is can't be told well where its samples show it turned or cut off differently.
+    """
+    return isinstance(artifact, Reversible) and not artifact.drawn
 
 
 def elsewhere(masks: Tensor, seed: int) -> Tensor:
