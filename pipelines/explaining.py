@@ -17,8 +17,10 @@ from spray.figures import fitted
 from spray.isolation.artifact import Artifact
 from spray.isolation.causal import measure_effect, sample_bias, shows
 from spray.isolation.choice import (
+    CONFIRMED,
     ISOLATORS,
     PARTS,
+    RESEMBLES,
     SAME_CONTENT,
     SHARP,
     WHOLE,
@@ -145,9 +147,9 @@ class Explainer:
             return None
         best = max(attempts, key=_worth)
         found = self._recognized(refitted(best.trials[0], best.evidence), best.start, of_class, features, c)
-        second = self._second(best, found, c, rng)
-        if second is not None and _worth(second) > _worth(best):
-            best = second
+        better = self._once_more(best, found, c, rng)
+        if better is not None and _worth(better) > _worth(best):
+            best = better
             found = self._recognized(refitted(best.trials[0], best.evidence), best.start, of_class, features, c)
         trials, evidence, carries = best.trials, best.evidence, best.start.carries
         artifact = refitted(trials[0], evidence)
@@ -211,19 +213,23 @@ class Explainer:
             return []
         return [self._attempt(start, c, rng, False, SAME_CONTENT, matched=True)]
 
-    def _second(self, best: Attempt, found: Recognized, c: int, rng: np.random.Generator) -> Attempt | None:
-        """Try again from the samples that a part of the image was recognized in, if it accounts for nothing yet.
+    def _once_more(self, best: Attempt, found: Recognized, c: int, rng: np.random.Generator) -> Attempt | None:
+        """Try again from the samples that the best explanation was recognized in, if it accounts for nothing yet.
 
-        What only resembles an artifact may tell its samples all the same: the shape of a sticker that is turned anyhow.
-        Of changes of the whole image natural kinds come out that account for themselves.
+        What only resembles an artifact may tell its samples all the same: the shape of a sticker that is turned anyhow,
+        a noise of about the right strength. Natural kinds account for themselves then, too, but not as well.
         """
-        if best.trials[0].accounts or best.trials[0].isolator in WHOLE:
+        trial = best.trials[0]
+        whole = trial.isolator in WHOLE
+        if trial.accounts or (whole and trial.likeness < RESEMBLES):
             return None
         few = min(found.carries.sum(), (~found.carries).sum()) < RAW
         if few or _alike(found.carries, best.start.carries):
             return None
-        attempt = self._attempt(found, c, rng, False, (*PARTS, "donated"))
-        return attempt if attempt.trials else None
+        attempt = self._attempt(found, c, rng, False, WHOLE if whole else (*PARTS, "donated"))
+        if not attempt.trials or attempt.trials[0].left > CONFIRMED or attempt.trials[0].separation < SHARP:
+            return None
+        return attempt
 
     def _attempt(
         self,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spray.isolation.artifact import Artifact
-from spray.isolation.choice import PARTS, Trial
+from spray.isolation.choice import PARTS, WHOLE, Trial
 from spray.isolation.growing import Scorer
 from spray.pipelines.candidates import Attempt, Recognized, Start
 from spray.pipelines.explaining import RAW, Explainer
@@ -19,23 +19,24 @@ SCORER = Scorer(np.zeros(1), 0.0, 0.5)
 
 
 class Looking(Explainer):
-    """Tells what it was asked to try again."""
+    """Tells what it was asked to try again, and finds one thing."""
 
-    def __init__(self) -> None:
+    def __init__(self, finds: Trial) -> None:
+        self.finds = finds
         self.asked: list[tuple[np.ndarray, tuple[str, ...]]] = []
 
     def _attempt(
         self, start: Start, c: int, rng: Any, unusual: bool, names: Any = (), matched: bool = False
     ) -> Attempt:
         self.asked.append((start.carries, tuple(names)))
-        return Attempt(start, None, [trial("local", 0.6)])  # type: ignore[arg-type]
+        return Attempt(start, None, [self.finds])  # type: ignore[arg-type]
 
 
-def trial(isolator: str, left: float) -> Trial:
-    """An explanation that makes the rest look like a cluster told by an area of 0.95, and leaves so much of that."""
+def trial(isolator: str, left: float, likeness: float = 0.9, separation: float = 0.95) -> Trial:
+    """An explanation of a cluster that is told by an area of 0.95, which leaves so much of that."""
     piece = Artifact(torch.ones(4, 4), torch.ones(3, 4, 4), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
     piece.mask[2:] = 0
-    return Trial(isolator, piece, 0.9, 0.9, 0.9, 0.95, 0.5 + 0.45 * left)
+    return Trial(isolator, piece, likeness, 0.9, separation, 0.95, 0.5 + 0.45 * left)
 
 
 def first(n: int) -> np.ndarray:
@@ -43,29 +44,43 @@ def first(n: int) -> np.ndarray:
     return np.arange(N) < n
 
 
+def once_more(looking: Looking, best: Trial, before: int = 40, recognized: int = 80) -> Attempt | None:
+    """Look again after an explanation of some samples that is recognized in others."""
+    attempt = Attempt(Start(SCORER, np.zeros(N), first(before)), None, [best])  # type: ignore[arg-type]
+    found = Recognized(SCORER, np.zeros(N), first(recognized), SCORER)
+    return looking._once_more(attempt, found, 0, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("isolator", "names"), [("uncolored", (*PARTS, "donated")), ("change", WHOLE)])
+def test_it_is_looked_at_again_what_an_explanation_was_recognized_in(isolator: str, names: tuple[str, ...]) -> None:
+    looking = Looking(trial("local", 0.2))
+    found = once_more(looking, trial(isolator, 0.9))
+    assert found is not None
+    assert found.trials == [looking.finds]
+    [(carries, asked)] = looking.asked
+    assert carries.sum() == 80
+    assert asked == names
+
+
 @pytest.mark.parametrize(
-    ("isolator", "left", "before", "recognized", "expected"),
+    ("best", "before", "recognized"),
     [
-        ("uncolored", 0.9, 40, 80, True),
-        # It accounts for the cluster already; natural kinds converge; the same samples; too few of either kind.
-        ("uncolored", 0.2, 40, 80, False),
-        ("change", 0.9, 40, 80, False),
-        ("uncolored", 0.9, 76, 80, False),
-        ("uncolored", 0.9, 40, RAW - 1, False),
-        ("uncolored", 0.9, 40, N - RAW + 1, False),
+        # It accounts for the cluster already; resembles nothing; the same samples; too few of either kind.
+        (trial("uncolored", 0.2), 40, 80),
+        (trial("change", 0.9, likeness=0.4), 40, 80),
+        (trial("uncolored", 0.9), 76, 80),
+        (trial("uncolored", 0.9), 40, RAW - 1),
+        (trial("uncolored", 0.9), 40, N - RAW + 1),
     ],
 )
-def test_what_is_looked_at_a_second_time(
-    isolator: str, left: float, before: int, recognized: int, expected: bool
-) -> None:
-    best = Attempt(Start(SCORER, np.zeros(N), first(before)), None, [trial(isolator, left)])  # type: ignore[arg-type]
-    found = Recognized(SCORER, np.zeros(N), first(recognized), SCORER)
-    looking = Looking()
-    second = looking._second(best, found, 0, np.random.default_rng(0))
-    assert (second is not None) is expected
-    if expected:
-        [(carries, names)] = looking.asked
-        assert carries.sum() == recognized
-        assert names == (*PARTS, "donated")
-    else:
-        assert looking.asked == []
+def test_what_is_not_looked_at_again(best: Trial, before: int, recognized: int) -> None:
+    looking = Looking(trial("local", 0.2))
+    assert once_more(looking, best, before, recognized) is None
+    assert looking.asked == []
+
+
+@pytest.mark.parametrize("finds", [trial("local", 0.35), trial("local", 0.2, separation=0.85)])
+def test_natural_kinds_account_for_what_they_are_recognized_in_but_not_as_well(finds: Trial) -> None:
+    looking = Looking(finds)
+    assert once_more(looking, trial("uncolored", 0.9)) is None
+    assert len(looking.asked) == 1

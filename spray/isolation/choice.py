@@ -91,10 +91,13 @@ HARDLY_APART = 0.4
 
 Of a change of the whole image so little shows that it is no natural one.
 """
+CONFIRMED = 0.3
+"""The same for what is isolated from samples that it was recognized in; of natural kinds it left 0.40 and more."""
 SAME_WAY = 0.5
 """Least cosine of two changes of the whole image that go the same way."""
 SHARP = 0.9
-"""Least separation of what is looked at again from all samples that show it, whatever else the cluster shares."""
+"""Least separation of what is looked at again from all samples that show it, whatever else the cluster shares, and of
+what is isolated from samples that it was recognized in."""
 RESEMBLES = 0.5
 """Least likeness from which on a change of the whole image is fitted more closely, which takes a while."""
 SEPARATED = 0.75
