@@ -75,7 +75,8 @@ def run(context: Context) -> dict[str, Any]:
 def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
     """Return the clusters to look at with their samples: of each class those that overlap little.
 
-    In turns that which ranks best and that on which most clusterings agree; of all classes first those that rank best.
+    In turns that which ranks best and that on which most clusterings agree; and the largest in which the very same is
+    repeated, which natural kinds of images hardly have. Of all classes first those that rank best.
     """
     options = context.config.isolate
     ranked: list[tuple[dict[str, Any], np.ndarray]] = []
@@ -88,13 +89,15 @@ def _choose(context: Context) -> list[tuple[dict[str, Any], np.ndarray]]:
         for of_class in list(by_class.values())[: options.candidates]:
             rows = [(row, clusters.members(row)) for row in of_class]
             again = agreement([members for _, members in rows], [row["cluster"] for row, _ in rows])
-            order = [rows, [rows[i] for i in np.argsort(-again, kind="stable")]]
+            turns = [(rows, ranked), ([rows[i] for i in np.argsort(-again, kind="stable")], agreed)]
+            same = [each for each in rows if "repeated" in each[0].get("evidence", {})]
+            largest = sorted(same, key=lambda each: -len(each[1]))[:1]
             own: list[tuple[dict[str, Any], np.ndarray]] = []
-            for turn in range(options.per_class):
-                apart = (each for each in order[turn % 2] if all(jaccard(each[1], one) < APART for _, one in own))
+            for order, taken in [*(turns[turn % 2] for turn in range(options.per_class)), (largest, ranked)]:
+                apart = (each for each in order if all(jaccard(each[1], one) < APART for _, one in own))
                 if (found := next(apart, None)) is not None:
                     own.append(found)
-                    (ranked, agreed)[turn % 2].append(found)
+                    taken.append(found)
     ranked.sort(key=lambda each: each[0]["rank"])
     return (ranked + agreed)[: options.candidates]
 
