@@ -145,8 +145,13 @@ def test_a_change_of_the_whole_image_has_to_make_the_rest_look_like_the_cluster(
     ("isolator", "before", "after", "expected"),
     [
         *(("local", 0.95, 0.6, True), ("local", 0.95, 0.95, False), ("local", 0.7, 0.7, True)),
-        *(("local", 0.95, 0.77, True), ("shade", 0.95, 0.77, False)),
-        *(("shade", 0.95, 0.6, True), ("shade", 0.95, 0.85, False), ("shade", 0.7, 0.5, False)),
+        *(("local", 0.95, 0.77, True), ("shade", 0.95, 0.77, False), ("colored", 0.95, 0.77, False)),
+        *(
+            ("colored", 0.95, 0.6, True),
+            ("shade", 0.95, 0.6, True),
+            ("shade", 0.95, 0.85, False),
+            ("shade", 0.7, 0.5, False),
+        ),
     ],
 )
 def test_natural_kinds_are_told_from_artifacts_by_what_is_left(
