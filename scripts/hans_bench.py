@@ -41,6 +41,7 @@ QUICK = (
     "correction.epochs=3",
     "isolate.n_tested=200",
     "isolate.per_class=1",
+    "isolate.latent=1",
 )
 QUICK_CELLS = (Cell("photos32", 0, "planted", "tag", 0.2), Cell("photos32", 0))
 QUICK_METHODS = ("a_clarc",)
