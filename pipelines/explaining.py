@@ -6,7 +6,6 @@ import copy
 import threading
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from spray.isolation.choice import (
     SAME_CONTENT,
     SHARP,
     WHOLE,
-    Trial,
     isolate_near,
     natural_changes,
     refitted,
@@ -146,13 +144,14 @@ class Explainer:
         if not attempts:
             return None
         best = max(attempts, key=_worth)
-        found = self._recognized(refitted(best.trials[0], best.evidence), best.start, of_class, features, c)
+        artifact = refitted(best.trials[0], best.evidence)
+        found = self._recognized(artifact, best.start, of_class, features, c)
         better = self._once_more(best, found, c, rng)
         if better is not None and _worth(better) > _worth(best):
             best = better
-            found = self._recognized(refitted(best.trials[0], best.evidence), best.start, of_class, features, c)
+            artifact = refitted(best.trials[0], best.evidence)
+            found = self._recognized(artifact, best.start, of_class, features, c)
         trials, evidence, carries = best.trials, best.evidence, best.start.carries
-        artifact = refitted(trials[0], evidence)
         unusual = unusual or (repeated and artifact.constant)
         carries = _sensible(found.carries, carries)
         test, others = self.context.test, np.flatnonzero(self.context.test.labels != c)
@@ -395,18 +394,3 @@ def _sensible(grown: np.ndarray, before: np.ndarray) -> np.ndarray:
     """Return the grown samples, or those before if these are too few, or most of the former are not among them."""
     enough = FEWEST <= grown.sum() <= len(grown) - FEWEST
     return grown if enough and (grown & before).sum() >= before.sum() / 2 else before
-
-
-def trial_row(trial: Trial) -> dict[str, Any]:
-    """Return what is told of an explanation that was tried."""
-    return {
-        "isolator": trial.isolator,
-        "kind": trial.artifact.kind,
-        "likeness": trial.likeness,
-        "explained": trial.explained,
-        "separation": trial.separation,
-        "told_apart": trial.apart,
-        "still_told_apart": trial.still_apart,
-        "flip_rate": trial.flip_rate,
-        "control_flip_rate": trial.control_flip_rate,
-    }

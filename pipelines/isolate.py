@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from spray.isolation.causal import holm, verdict
-from spray.isolation.choice import WHOLE
+from spray.isolation.choice import WHOLE, Trial
 from spray.pipelines.candidates import Candidate
 from spray.pipelines.clusters import agreement, jaccard, ranked_clusters
 from spray.pipelines.context import Context
 from spray.pipelines.explained import explained
-from spray.pipelines.explaining import Explainer, trial_row
+from spray.pipelines.explaining import Explainer
 from spray.pipelines.isolated import save_artifact
 from spray.pipelines.pictures import artifact_pictures
 from spray.pipelines.stage import Stage
@@ -205,7 +205,22 @@ def _write(
         "opacity": candidate.artifact.opacity,
         **{key: effect[key] for key in MORE},
         "sample_bias": asdict(candidate.bias),
-        "explanations": [trial_row(trial) for trial in candidate.trials],
+        "explanations": [_trial_row(trial) for trial in candidate.trials],
+    }
+
+
+def _trial_row(trial: Trial) -> dict[str, Any]:
+    """Return what is told of an explanation that was tried."""
+    return {
+        "isolator": trial.isolator,
+        "kind": trial.artifact.kind,
+        "likeness": trial.likeness,
+        "explained": trial.explained,
+        "separation": trial.separation,
+        "told_apart": trial.apart,
+        "still_told_apart": trial.still_apart,
+        "flip_rate": trial.flip_rate,
+        "control_flip_rate": trial.control_flip_rate,
     }
 
 
