@@ -16,7 +16,6 @@ from spray.figures import fitted
 from spray.isolation.artifact import Artifact
 from spray.isolation.causal import measure_effect, sample_bias, shows
 from spray.isolation.choice import (
-    CONFIRMED,
     ISOLATORS,
     PARTS,
     RESEMBLES,
@@ -226,9 +225,7 @@ class Explainer:
         if few or _alike(found.carries, best.start.carries):
             return None
         attempt = self._attempt(found, c, rng, False, WHOLE if whole else (*PARTS, "donated"))
-        if not attempt.trials or attempt.trials[0].left > CONFIRMED or attempt.trials[0].separation < SHARP:
-            return None
-        return attempt
+        return attempt if attempt.trials and attempt.trials[0].confirmed else None
 
     def _attempt(
         self,

@@ -32,10 +32,10 @@ class Looking(Explainer):
         return Attempt(start, None, [self.finds])  # type: ignore[arg-type]
 
 
-def trial(isolator: str, left: float, likeness: float = 0.9, separation: float = 0.95) -> Trial:
-    """An explanation of a cluster that is told by an area of 0.95, which leaves so much of that."""
+def trial(isolator: str, left: float, likeness: float = 0.9, separation: float = 0.95, rows: int = 1) -> Trial:
+    """An explanation of a cluster that is told by an area of 0.95, which leaves so much of that; of some of 4 rows."""
     piece = Artifact(torch.ones(4, 4), torch.ones(3, 4, 4), torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
-    piece.mask[2:] = 0
+    piece.mask[rows:] = 0
     return Trial(isolator, piece, likeness, 0.9, separation, 0.95, 0.5 + 0.45 * left)
 
 
@@ -79,7 +79,9 @@ def test_what_is_not_looked_at_again(best: Trial, before: int, recognized: int) 
     assert looking.asked == []
 
 
-@pytest.mark.parametrize("finds", [trial("local", 0.35), trial("local", 0.2, separation=0.85)])
+@pytest.mark.parametrize(
+    "finds", [trial("local", 0.35), trial("local", 0.2, separation=0.85), trial("faded", 0.2, rows=2)]
+)
 def test_natural_kinds_account_for_what_they_are_recognized_in_but_not_as_well(finds: Trial) -> None:
     looking = Looking(finds)
     assert once_more(looking, trial("uncolored", 0.9)) is None

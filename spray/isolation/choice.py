@@ -92,8 +92,9 @@ HARDLY_APART = 0.4
 
 Of a change of the whole image so little shows that it is no natural one.
 """
-CONFIRMED = 0.3
-"""The same for what is isolated from samples that it was recognized in; of natural kinds it left 0.40 and more."""
+CONFIRMED, CHANGED = 0.3, 0.4
+"""Of what is isolated from samples that it was recognized in: the most that may be left of the difference, and the most
+of an image that it may take the place of. Natural kinds left 0.26 and more, those taking the place of 0.46 and more."""
 SAME_WAY = 0.5
 """Least cosine of two changes of the whole image that go the same way."""
 SHARP = 0.9
@@ -166,6 +167,11 @@ class Trial:
         least = LIKE_SOME if self.left <= HARDLY_APART else LIKE_ENOUGH
         like = self.explains and (self.artifact.constant or self.likeness >= least)
         return alike and like and shows(self.artifact) and self.artifact.replaced <= REPLACED
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether it may be an artifact though it was isolated from the very samples that it was recognized in."""
+        return self.left <= CONFIRMED and self.separation >= SHARP and self.artifact.replaced <= CHANGED
 
     @property
     def unnatural(self) -> bool:
