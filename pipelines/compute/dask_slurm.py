@@ -149,7 +149,7 @@ def _jobqueue() -> Any:
         return importlib.import_module("dask_jobqueue")
     finally:
         # None: set by something that isn't Python, which cannot be put back.
-        if before is not None:
+        if before is not None and signal.getsignal(signal.SIGINT) is not before:
             signal.signal(signal.SIGINT, before)
 
 
