@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hans_tables import HARD, Row, average, grouped, head, pick
+from hans_tables import HARD, Row, grouped, head, mean, pick
 
 DECIMALS = {"auroc": 3}
 """Of what is nearly 1; the others have two."""
@@ -85,5 +85,4 @@ def _range(rows: Sequence[Row], key: str) -> str:
 
 def _mean(cells: Sequence[Sequence[Row]], model: str, key: str) -> str:
     """Return the mean over cells of a number of one of their models, where they have it."""
-    picked = [row for group in cells if (row := pick(group, model)) is not None and row.get(key) is not None]
-    return average([float(row[key]) for row in picked], ".3f")
+    return mean([row for group in cells if (row := pick(group, model)) is not None], key)

@@ -61,11 +61,11 @@ def detection(cells: Sequence[Row]) -> str:
     lines = head(columns)
     for (dataset, kind), group in grouped(cells, "dataset", "kind").items():
         relying = [row for row in group if row.get("relies")]
-        numbers = [_mean(relying, key) for key in _FOUND]
+        numbers = [mean(relying, key) for key in _FOUND]
         rates = ", ".join(f"{100 * rate:.0f} %" for rate in sorted({row["rate"] for row in group}))
         lines.append(f"| {dataset}, {kind}, {rates} | {len(relying)} of {len(group)} | {' | '.join(numbers)} |")
     easy = [row for row in cells if row.get("relies") and row["kind"] != HARD]
-    lines.append(f"| **all but {HARD}** | {len(easy)} | {' | '.join(_mean(easy, key) for key in _FOUND)} |")
+    lines.append(f"| **all but {HARD}** | {len(easy)} | {' | '.join(mean(easy, key) for key in _FOUND)} |")
     return "\n".join(lines)
 
 
@@ -118,9 +118,9 @@ def corrections(rows: Sequence[Row]) -> str:
         better = [beats_control(row, group) for row, group in pairs]
         lines.append(
             f"| {name if name != 'chosen' else '**chosen without the truth**'} | {len(mine)} "
-            f"| {_mean(mine, 'clean_accuracy')} | {_mean(mine, 'attacked_accuracy')} "
-            f"| {average(gaps, '+.1f')} | {average(lost, '+.1f')} | {_share(good)} | {_share(better)} "
-            f"| {_mean(mine, 'tcav')} | {_mean(mine, 'worst_group_accuracy')} |"
+            f"| {mean(mine, 'clean_accuracy')} | {mean(mine, 'attacked_accuracy')} "
+            f"| {_average(gaps, '+.1f')} | {_average(lost, '+.1f')} | {_share(good)} | {_share(better)} "
+            f"| {mean(mine, 'tcav')} | {mean(mine, 'worst_group_accuracy')} |"
         )
     return "\n".join(lines)
 
@@ -132,7 +132,7 @@ def by_kind(rows: Sequence[Row]) -> str:
     names = [*(name for name in names if name != "ceiling"), *(name for name in names if name == "ceiling")]
     lines = head(" | ".join(["set, kind", *names, "chosen"]))
     for (dataset, kind), group in grouped(planted, "dataset", "kind").items():
-        cells = [_mean([row for row in group if row["model"] == name], "attacked_accuracy") for name in names]
+        cells = [mean([row for row in group if row["model"] == name], "attacked_accuracy") for name in names]
         chosen = ", ".join(dict.fromkeys(str(row["chosen"] or "–") for row in group))
         lines.append(f"| {dataset}, {kind} | {' | '.join(cells)} | {chosen} |")
     return "\n".join(lines)
@@ -146,7 +146,7 @@ def biases(rows: Sequence[Row]) -> str:
     )
     for (dataset, kind), group in grouped([row for row in rows if row["arm"] == "biased"], "dataset", "kind").items():
         models = {name: [row for row in group if row["model"] == name] for name in OTHERS}
-        numbers = [_mean(models[name], key) for key in ("clean_accuracy", "missing_accuracy") for name in OTHERS]
+        numbers = [mean(models[name], key) for key in ("clean_accuracy", "missing_accuracy") for name in OTHERS]
         false = sum(row["false_alarms"] for row in models["original"])
         lines.append(f"| {dataset}, {kind} | {len(models['original'])} | {' | '.join(numbers)} | {false} |")
     return "\n".join([*lines, "", BIASES_MEAN])
@@ -262,12 +262,12 @@ def head(columns: str) -> list[str]:
     return [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
 
 
-def _mean(rows: Sequence[Row], key: str) -> str:
-    return average([float(row[key]) for row in rows if row.get(key) is not None], ".3f")
+def mean(rows: Sequence[Row], key: str) -> str:
+    """Return the mean of a column where it is known."""
+    return _average([float(row[key]) for row in rows if row.get(key) is not None], ".3f")
 
 
-def average(values: Sequence[float], form: str) -> str:
-    """Return the mean in a format, a dash for no values."""
+def _average(values: Sequence[float], form: str) -> str:
     return format(sum(values) / len(values), form) if values else "–"
 
 

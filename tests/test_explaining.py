@@ -1,4 +1,4 @@
-"""What is looked at a second time: the samples that a part of the image was recognized in, and what not."""
+"""What is looked at a second time: the samples that the best explanation was recognized in, and what not."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 
 from spray.isolation.artifact import Artifact
 from spray.isolation.choice import PARTS, WHOLE, Trial
+from spray.isolation.evidence import Evidence
 from spray.isolation.growing import Scorer
 from spray.pipelines.candidates import Attempt, Recognized, Start
 from spray.pipelines.explaining import RAW, Explainer
 
 N = 100
 SCORER = Scorer(np.zeros(1), 0.0, 0.5)
+EVIDENCE = Evidence(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4))
 
 
 class Looking(Explainer):
@@ -29,7 +31,7 @@ class Looking(Explainer):
         self, start: Start, c: int, rng: Any, unusual: bool, names: Any = (), matched: bool = False
     ) -> Attempt:
         self.asked.append((start.carries, tuple(names)))
-        return Attempt(start, None, [self.finds])  # type: ignore[arg-type]
+        return Attempt(start, EVIDENCE, [self.finds])
 
 
 def trial(isolator: str, left: float, likeness: float = 0.9, separation: float = 0.95, rows: int = 1) -> Trial:
@@ -46,7 +48,7 @@ def first(n: int) -> np.ndarray:
 
 def once_more(looking: Looking, best: Trial, before: int = 40, recognized: int = 80) -> Attempt | None:
     """Look again after an explanation of some samples that is recognized in others."""
-    attempt = Attempt(Start(SCORER, np.zeros(N), first(before)), None, [best])  # type: ignore[arg-type]
+    attempt = Attempt(Start(SCORER, np.zeros(N), first(before)), EVIDENCE, [best])
     found = Recognized(SCORER, np.zeros(N), first(recognized), SCORER)
     return looking._once_more(attempt, found, 0, np.random.default_rng(0))
 
