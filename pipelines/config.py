@@ -148,7 +148,7 @@ class IsolateConfig:
     per_class: int = 4
     candidates: int = 64
     # Most groups of each class that the model's inner activations show, whatever the heatmaps do; 0: none.
-    latent: int = 3
+    latent: int = 4
     # Most samples that an artifact is isolated from, and most test images that it is added to.
     n_samples: int = 200
     n_tested: int = 500

@@ -58,6 +58,8 @@ RAW = 16
 """Fewest samples of a cluster that are looked at as they are ..."""
 SAME = 0.8
 """... unless it grew to samples of which so many are the same (Jaccard index)."""
+LOOKS = 2
+"""Most times that samples are looked at again which an artifact was recognized in."""
 FEATURES = 4096
 """Most inner activations that are looked at; of a model with more the first layers are left out."""
 
@@ -145,7 +147,7 @@ class Explainer:
         best = max(attempts, key=_worth)
         artifact = refitted(best.trials[0], best.evidence)
         found = self._recognized(artifact, best.start, of_class, features, c)
-        better = self._once_more(best, found, c, rng)
+        better = self._looked_again(best, found, c, rng)
         if better is not None and _worth(better) > _worth(best):
             best = better
             artifact = refitted(best.trials[0], best.evidence)
@@ -211,7 +213,7 @@ class Explainer:
             return []
         return [self._attempt(start, c, rng, False, SAME_CONTENT, matched=True)]
 
-    def _once_more(self, best: Attempt, found: Recognized, c: int, rng: np.random.Generator) -> Attempt | None:
+    def _looked_again(self, best: Attempt, found: Recognized, c: int, rng: np.random.Generator) -> Attempt | None:
         """Try again from the samples that the best explanation was recognized in, if it accounts for nothing yet.
 
         What only resembles an artifact may tell its samples all the same: the shape of a sticker that is turned anyhow,
@@ -221,11 +223,18 @@ class Explainer:
         whole = trial.isolator in WHOLE
         if trial.accounts or (whole and trial.likeness < RESEMBLES):
             return None
-        few = min(found.carries.sum(), (~found.carries).sum()) < RAW
-        if few or _alike(found.carries, best.start.carries):
-            return None
-        attempt = self._attempt(found, c, rng, False, WHOLE if whole else (*PARTS, "donated"))
-        return attempt if attempt.trials and attempt.trials[0].confirmed else None
+        of_class, features, _ = self._class(c)
+        for _ in range(LOOKS):
+            few = min(found.carries.sum(), (~found.carries).sum()) < RAW
+            if few or _alike(found.carries, best.start.carries):
+                return None
+            best = self._attempt(found, c, rng, False, WHOLE if whole else (*PARTS, "donated"))
+            if not best.trials:
+                return None
+            if best.trials[0].confirmed:
+                return best
+            found = self._recognized(refitted(best.trials[0], best.evidence), best.start, of_class, features, c)
+        return None
 
     def _attempt(
         self,

@@ -1,4 +1,4 @@
-"""What is looked at a second time: the samples that the best explanation was recognized in, and what not."""
+"""What is looked at again: the samples that the best explanation was recognized in, and what not."""
 
 from __future__ import annotations
 
@@ -13,25 +13,33 @@ from spray.isolation.choice import PARTS, WHOLE, Trial
 from spray.isolation.evidence import Evidence
 from spray.isolation.growing import Scorer
 from spray.pipelines.candidates import Attempt, Recognized, Start
-from spray.pipelines.explaining import RAW, Explainer
+from spray.pipelines.explaining import LOOKS, RAW, Explainer
 
-N = 100
+N, FEWER = 100, 20
 SCORER = Scorer(np.zeros(1), 0.0, 0.5)
 EVIDENCE = Evidence(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4))
 
 
 class Looking(Explainer):
-    """Tells what it was asked to try again, and finds one thing."""
+    """Tells what it was asked to try again, finds one thing after the other, and each in some samples less."""
 
-    def __init__(self, finds: Trial) -> None:
-        self.finds = finds
+    def __init__(self, *finds: Trial) -> None:
+        self.finds, self.fewer = finds, FEWER
         self.asked: list[tuple[np.ndarray, tuple[str, ...]]] = []
+
+    def _class(self, c: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return np.arange(N), np.zeros((N, 1)), np.ones(N, dtype=bool)
+
+    def _recognized(
+        self, artifact: Artifact, start: Start, of_class: np.ndarray, features: np.ndarray, c: int
+    ) -> Recognized:
+        return recognized(int(start.carries.sum()) - self.fewer)
 
     def _attempt(
         self, start: Start, c: int, rng: Any, unusual: bool, names: Any = (), matched: bool = False
     ) -> Attempt:
         self.asked.append((start.carries, tuple(names)))
-        return Attempt(start, EVIDENCE, [self.finds])
+        return Attempt(start, EVIDENCE, [self.finds[len(self.asked) - 1]])
 
 
 def trial(isolator: str, left: float, likeness: float = 0.9, separation: float = 0.95, rows: int = 1) -> Trial:
@@ -46,26 +54,30 @@ def first(n: int) -> np.ndarray:
     return np.arange(N) < n
 
 
-def once_more(looking: Looking, best: Trial, before: int = 40, recognized: int = 80) -> Attempt | None:
+def recognized(n: int) -> Recognized:
+    """Something that is recognized in the first n samples."""
+    return Recognized(SCORER, np.zeros(N), first(n), SCORER)
+
+
+def again(looking: Looking, best: Trial, before: int = 40, after: int = 80) -> Attempt | None:
     """Look again after an explanation of some samples that is recognized in others."""
     attempt = Attempt(Start(SCORER, np.zeros(N), first(before)), EVIDENCE, [best])
-    found = Recognized(SCORER, np.zeros(N), first(recognized), SCORER)
-    return looking._once_more(attempt, found, 0, np.random.default_rng(0))
+    return looking._looked_again(attempt, recognized(after), 0, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(("isolator", "names"), [("uncolored", (*PARTS, "donated")), ("change", WHOLE)])
 def test_it_is_looked_at_again_what_an_explanation_was_recognized_in(isolator: str, names: tuple[str, ...]) -> None:
     looking = Looking(trial("local", 0.2))
-    found = once_more(looking, trial(isolator, 0.9))
+    found = again(looking, trial(isolator, 0.9))
     assert found is not None
-    assert found.trials == [looking.finds]
+    assert found.trials == list(looking.finds)
     [(carries, asked)] = looking.asked
     assert carries.sum() == 80
     assert asked == names
 
 
 @pytest.mark.parametrize(
-    ("best", "before", "recognized"),
+    ("best", "before", "after"),
     [
         # It accounts for the cluster already; resembles nothing; the same samples; too few of either kind.
         (trial("uncolored", 0.2), 40, 80),
@@ -75,16 +87,35 @@ def test_it_is_looked_at_again_what_an_explanation_was_recognized_in(isolator: s
         (trial("uncolored", 0.9), 40, N - RAW + 1),
     ],
 )
-def test_what_is_not_looked_at_again(best: Trial, before: int, recognized: int) -> None:
+def test_what_is_not_looked_at_again(best: Trial, before: int, after: int) -> None:
     looking = Looking(trial("local", 0.2))
-    assert once_more(looking, best, before, recognized) is None
+    assert again(looking, best, before, after) is None
     assert looking.asked == []
 
 
-@pytest.mark.parametrize(
-    "finds", [trial("local", 0.35), trial("local", 0.2, separation=0.85), trial("faded", 0.2, rows=2)]
-)
+WEAKER = (trial("faded", 0.35), trial("faded", 0.2, separation=0.85), trial("faded", 0.2, rows=2))
+
+
+@pytest.mark.parametrize("finds", WEAKER)
 def test_natural_kinds_account_for_what_they_are_recognized_in_but_not_as_well(finds: Trial) -> None:
-    looking = Looking(finds)
-    assert once_more(looking, trial("uncolored", 0.9)) is None
+    looking = Looking(*[finds] * LOOKS)
+    assert again(looking, trial("change", 0.9)) is None
+    assert len(looking.asked) == LOOKS
+
+
+@pytest.mark.parametrize("finds", WEAKER)
+def test_what_comes_nearer_is_looked_at_once_more(finds: Trial) -> None:
+    """From what it is recognized in then; all of these are changes of the whole image, as the first was."""
+    looking = Looking(finds, trial("shade", 0.1))
+    found = again(looking, trial("change", 0.9))
+    assert found is not None
+    assert found.trials == [looking.finds[1]]
+    assert [int(carries.sum()) for carries, _ in looking.asked] == [80, 80 - FEWER]
+    assert all(names == WHOLE for _, names in looking.asked)
+
+
+def test_what_stays_the_same_is_not_looked_at_once_more() -> None:
+    looking = Looking(*[trial("faded", 0.35)] * LOOKS)
+    looking.fewer = 5
+    assert again(looking, trial("change", 0.9)) is None
     assert len(looking.asked) == 1

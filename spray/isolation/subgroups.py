@@ -15,14 +15,16 @@ import numpy as np
 
 from spray.isolation.growing import MOST
 
-COMPONENTS = 20
-"""Independent components sought."""
+COMPONENTS = (10, 20, 40)
+"""Independent components sought: a few gather all that have an artifact, of which many find the purest."""
 SMALLEST = 8
 """Fewest samples of a group."""
 EXCLUSIVE = 0.5
 """Least logarithm of how many times as frequent the group is in its class as in others."""
 RARE = 0.01
 """Added to both frequencies: less can't be told from nothing."""
+SAME = 0.5
+"""Jaccard index from which on two groups are the same one."""
 
 
 def subgroups(features: np.ndarray, others: np.ndarray, seed: int, most: int) -> list[np.ndarray]:
@@ -42,46 +44,61 @@ def subgroups(features: np.ndarray, others: np.ndarray, seed: int, most: int) ->
     Returns
     -------
     list of ndarray of bool
-        (n,) each: the samples in which a component exceeds Otsu's threshold. Ordered by how many times as frequent they
-        are as in other classes.
+        (n,) each: the samples in which a component exceeds Otsu's threshold, no two groups the same. Ordered by the
+        logarithm of how many times as frequent they are as in other classes, times the share of the component's
+        variance that lies between both parts.
     """
+    found: list[tuple[float, np.ndarray]] = []
+    if min(len(features), len(others)) < 2 * SMALLEST or most < 1:
+        return []
+    principal = _principal(features, others)
+    for k in COMPONENTS:
+        inside, outside = _independent(principal[:, :k], len(features), seed)
+        for one, other in zip(inside.T, outside.T, strict=True):
+            for sign in (1, -1):
+                found += _group(sign * one, sign * other)
+    kept: list[np.ndarray] = []
+    for _, member in sorted(found, key=lambda each: -each[0]):
+        if len(kept) < most and all((member & one).sum() < SAME * (member | one).sum() for one in kept):
+            kept.append(member)
+    return kept
+
+
+def _group(inside: np.ndarray, outside: np.ndarray) -> list[tuple[float, np.ndarray]]:
+    """Return the samples (n,) of a class in which a component is large, with their worth; none that others have too."""
     from skimage.filters import threshold_otsu
 
-    k = min(COMPONENTS, features.shape[1], (len(features) + len(others)) // 10)
-    if min(len(features), len(others)) < 2 * SMALLEST or k < 2 or most < 1:
+    threshold = threshold_otsu(inside)
+    member = inside > threshold
+    share = member.mean()
+    if member.sum() < SMALLEST or share > MOST:
         return []
-    inside, outside = _components(features, others, k, seed)
-    found = []
-    for one, other in zip(inside.T, outside.T, strict=True):
-        if one.std() < 1e-9:
-            continue
-        for sign in (1, -1):
-            values = sign * one
-            threshold = threshold_otsu(values)
-            member = values > threshold
-            if member.sum() < SMALLEST or member.mean() > MOST:
-                continue
-            exclusive = np.log((member.mean() + RARE) / ((sign * other > threshold).mean() + RARE))
-            if exclusive >= EXCLUSIVE:
-                found.append((float(exclusive), member))
-    found.sort(key=lambda each: -each[0])
-    return [member for _, member in found[:most]]
+    exclusive = float(np.log((share + RARE) / ((outside > threshold).mean() + RARE)))
+    between = share * (1 - share) * (inside[member].mean() - inside[~member].mean()) ** 2 / inside.var()
+    return [(exclusive * float(between), member)] if exclusive >= EXCLUSIVE else []
 
 
-def _components(features: np.ndarray, others: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the independent components (n, r), (m, r) of both sets of samples together, r at most k."""
-    from sklearn.decomposition import PCA, FastICA
-    from sklearn.exceptions import ConvergenceWarning
+def _principal(features: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the principal components (n + m, r) of both sets of samples together; at most one for ten samples."""
+    from sklearn.decomposition import PCA
 
     both = np.concatenate([features, others])
     both = (both - both.mean(axis=0)) / (both.std(axis=0) + 1e-6)
-    principal = PCA(k, svd_solver="full").fit_transform(both) if both.any() else both[:, :0]
-    principal = principal[:, principal.std(axis=0) > 1e-6]
+    k = min(max(COMPONENTS), both.shape[1], len(both) // 10)
+    principal = PCA(k, svd_solver="full").fit_transform(both) if k and both.any() else both[:, :0]
+    return np.asarray(principal[:, principal.std(axis=0) > 1e-6])
+
+
+def _independent(principal: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the independent components (n, r), (m, r) of principal ones (n + m, r); none of fewer than two."""
+    from sklearn.decomposition import FastICA
+    from sklearn.exceptions import ConvergenceWarning
+
     if principal.shape[1] < 2:
-        return principal[: len(features)], principal[len(features) :]
+        return principal[:n, :0], principal[n:, :0]
     with warnings.catch_warnings():
         # Components that go on turning a little are as good a start as any.
         warnings.simplefilter("ignore", ConvergenceWarning)
         ica = FastICA(principal.shape[1], whiten="unit-variance", max_iter=300, tol=1e-3, random_state=seed)
         components = ica.fit_transform(principal)
-    return components[: len(features)], components[len(features) :]
+    return components[:n], components[n:]
