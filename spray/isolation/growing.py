@@ -32,6 +32,10 @@ NARROWEST = 0.05
 """Least standard deviation of the scores of what an artifact was added to: true samples have it rounded and cut off."""
 STEPS = 100
 """Of expectation maximization."""
+BANDWIDTH = 0.08
+"""Of the density of scores, of which that with an artifact is typically 1 and that without 0."""
+VALLEY = 1.5
+"""How many times as dense scores are on both sides of a valley."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,18 @@ def boundary(scores: np.ndarray, added: np.ndarray, carries: np.ndarray) -> floa
         low = float(rest @ scores / rest.sum())
         spread = float(np.sqrt(rest @ (scores - low) ** 2 / rest.sum())) + 1e-6
     grid = np.linspace(min(low, middle), middle, 401)
-    return float(grid[np.argmax(posterior(grid) > 0.5)])
+    return _valley(scores, float(grid[np.argmax(posterior(grid) > 0.5)]), middle)
+
+
+def _valley(scores: np.ndarray, start: float, end: float) -> float:
+    """Return where the density of scores (n,) is lowest between two, if it is clearly higher before and behind."""
+    from scipy.stats import norm
+
+    grid = np.linspace(start, end + (end - start), 401)
+    density = norm.pdf((grid[:, None] - scores) / BANDWIDTH).sum(axis=1)
+    lowest = int(np.argmin(density[grid <= end]))
+    clearly = min(density[0], density[lowest:].max()) >= VALLEY * density[lowest]
+    return float(grid[lowest]) if clearly else start
 
 
 def _scorer(

@@ -31,6 +31,8 @@ ENCLOSED = 1.0
 ALWAYS = 0.3
 """... and how much its mean colour may vary, as a share of how much it would in the rest: the letters on a sticker are
 always the same, what a frame surrounds is not."""
+MOST = 0.95
+"""Share of the cluster whose images have no more pixels of the colour than is typical of the artifact."""
 LEVELS = 16
 """Levels of each channel that colours are counted by."""
 
@@ -74,7 +76,8 @@ class Colored(Donated):
     """An artifact whose pixels have one colour: always the same (`color`, (C,)) or, NaN, another one in each sample.
 
     `weights` (H, W) say how much more often the cluster's images have such a pixel than the rest's; `whole`, whether
-    what they enclose is a part of it.
+    what they enclose is a part of it. `most` is the score of those that have the most such pixels: a clear sky is of one
+    colour, too, and has more.
     """
 
     kind: ClassVar[str] = "colored"
@@ -84,6 +87,7 @@ class Colored(Donated):
     tolerance: float
     zero: float
     whole: bool = False
+    most: float = float("inf")
 
     def found(self, images: Tensor) -> Tensor:
         """Return each image's matte (n, 1, H, W)."""
@@ -91,8 +95,12 @@ class Colored(Donated):
         return (with_enclosed(mattes) if self.whole else mattes)[:, None]
 
     def score(self, images: Tensor) -> Tensor:
-        """Return how much of the artifact's shape an image has, (n,): typically 1 in the cluster and 0 in the rest."""
-        return (self._filled(images) - self.zero) / self.scale
+        """Return how much of the artifact's shape an image has, (n,): typically 1 in the cluster and 0 in the rest.
+
+        What has more than any sample of the cluster is as far from it as what has so much less.
+        """
+        score = (self._filled(images) - self.zero) / self.scale
+        return self.most - (score - self.most).abs() if np.isfinite(self.most) else score
 
     def insert(self, images: Tensor, draws: np.ndarray, content: Tensor | None = None) -> Tensor:
         """Add the artifact, or other content in its place: not in its very shape where any colour will do.
@@ -275,7 +283,8 @@ def _colored(evidence: Evidence, weights: Tensor, color: Tensor, tolerance: floa
     pattern = torch.where(shown.sum(dim=0) > 0, pattern, fill[:, None, None]).clamp(0, 1)
     zeros = torch.zeros(1, 2, dtype=torch.int64)
     parts = (pattern, zeros, unit, 1, True, inside[donors].half(), kept.half())
-    return Colored(kept.mean(dim=0), *parts, color, weights, tolerance, zero, whole)
+    most = float(((own - zero) / unit).quantile(MOST))
+    return Colored(kept.mean(dim=0), *parts, color, weights, tolerance, zero, whole, most)
 
 
 def _common_color(inside: Tensor, outside: Tensor) -> Tensor | None:
