@@ -126,6 +126,19 @@ def test_samples_that_show_a_part_of_it_are_recognized_as_well() -> None:
     assert found[100:].mean() < 0.01
 
 
+def test_where_scores_have_a_valley_it_is_the_boundary() -> None:
+    """A tenth of the rest reaches half as high; what the artifact was added to may hide it."""
+    rng = np.random.default_rng(4)
+    rest = np.concatenate([rng.normal(0, 0.08, 320), rng.uniform(0.25, 0.55, 40)])
+    scores = np.concatenate([rng.normal(1.05, 0.13, 90).clip(0.7), rest])
+    added = np.concatenate([rng.normal(1, 0.2, 220), rng.uniform(0, 0.6, 30)])
+    found = boundary(scores, added, np.arange(len(scores)) < 90)
+    assert 0.5 < found < 0.72
+    wide = np.concatenate([rng.normal(1, 0.25, 400), rng.normal(0, 0.25, 400)])
+    halfway = boundary(wide, rng.normal(1, 0.25, 300), np.arange(800) < 400)
+    assert halfway == pytest.approx(0.5, abs=0.06)
+
+
 def test_without_a_difference_there_is_a_boundary_all_the_same() -> None:
     scores = np.zeros(50)
     assert np.isfinite(boundary(scores, np.zeros(20), np.arange(50) < 10))

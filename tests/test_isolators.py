@@ -208,6 +208,9 @@ def test_text_of_a_colour_of_its_own_in_each_image() -> None:
     assert overlap(found.found(world.images)[:, 0], world.opacity).mean() > 0.8
     assert separation(found.score(world.images), found.score(world.other)) > 0.98
     assert found.color.isnan().all()
+    # A clear sky is of one colour all over, in many more pixels than any text has.
+    sky = torch.rand(20, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, SIDE, SIDE)
+    assert (found.score(sky) < float(found.score(world.images).min())).all()
 
 
 def test_content_that_lies_anywhere() -> None:

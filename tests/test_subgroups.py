@@ -71,6 +71,20 @@ def test_the_group_with_something_of_its_own_comes_first() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
 
 
+def test_a_small_group_is_found_among_many_kinds_and_no_group_twice() -> None:
+    """With more kinds than the fewest components have room for."""
+    rng = np.random.default_rng(5)
+    kinds = 5 * rng.normal(size=(30, 200))
+    own, others = (rng.normal(size=(n, 200)) + kinds[rng.integers(0, 30, n)] for n in (400, 600))
+    planted = np.arange(400) < 30
+    own[planted] += 5 * rng.normal(size=200)
+    found = subgroups(own, others, 0, 4)
+    shares = [(member & planted).sum() / (member | planted).sum() for member in found]
+    assert max(shares, default=0.0) > 0.8
+    for i, one in enumerate(found):
+        assert all((one & other).sum() < 0.5 * (one | other).sum() for other in found[:i])
+
+
 def test_where_nothing_stands_out_there_are_no_groups() -> None:
     assert subgroups(samples(400, 1), samples(600, 2), 0, 2) == []
     assert subgroups(samples(400, 1), samples(600, 2), 0, 0) == []
