@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -231,9 +232,12 @@ class Explainer:
             best = self._attempt(found, c, rng, False, WHOLE if whole else (*PARTS, "donated"))
             if not best.trials:
                 return None
-            if best.trials[0].confirmed:
+            # What leaves least leads on, whatever looks most like the samples.
+            lead = min(best.trials, key=lambda trial: (not trial.confirmed, trial.separation < SHARP, trial.left))
+            best = replace(best, trials=[lead, *(trial for trial in best.trials if trial is not lead)])
+            if lead.confirmed:
                 return best
-            found = self._recognized(refitted(best.trials[0], best.evidence), best.start, of_class, features, c)
+            found = self._recognized(refitted(lead, best.evidence), best.start, of_class, features, c)
         return None
 
     def _attempt(

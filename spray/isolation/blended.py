@@ -18,6 +18,8 @@ from spray.isolation.statistics import quartiles, statistics
 
 FAINTEST = 0.1
 """Least opacity that is told from none."""
+EXTREME = 0.25
+"""How far the colour of a shade may be from black, or white, in all channels, and still be it."""
 
 
 @ARTIFACTS.register("blended")
@@ -153,12 +155,13 @@ def isolate_shade(evidence: Evidence) -> Blended | None:
     """Isolate a shade of one colour whose opacity is a quadratic function of the place: a vignette, a light leak.
 
     Each pixel gives two equations, ``m - m' = α (m - c)`` and ``s - s' = α s`` of its median m and the distance s of
-    its quartiles, without and with the shade. With six coefficients of α the few images of a cluster say it well.
+    its quartiles, without and with the shade. With six coefficients of α the few images of a cluster say it well; a
+    colour that is nearly black or white is taken for that, since it and the opacity say almost the same.
 
     Returns
     -------
     Blended or None
-        None where it is nowhere at least `FAINTEST`.
+        None where its opacity does not vary by `FAINTEST` over the image: that would be a fade.
     """
     (lower, middle, upper), (before_lower, before, before_upper) = evidence.quartiles
     spread, before_spread = ((b - a).mean(dim=0).flatten() for a, b in ((lower, upper), (before_lower, before_upper)))
@@ -170,12 +173,14 @@ def isolate_shade(evidence: Evidence) -> Blended | None:
     for _ in range(5):
         weight = alpha / alpha.square().sum().clamp_min(1e-6)
         color = ((medians - (1 - alpha) * before_medians) * weight).sum(dim=1).clamp(0, 1)
+        for extreme in (0.0, 1.0):
+            color = torch.full_like(color, extreme) if float((color - extreme).abs().max()) <= EXTREME else color
         towards = before_medians - color[:, None]
         slope = torch.cat([towards.flatten(), before_spread])
         change = torch.cat([(before_medians - medians).flatten(), before_spread - spread])
         alpha = _fitted(terms.repeat(len(color) + 1, 1), slope, change)[: height * width]
     alpha = torch.where(alpha > FAINTEST / 5, alpha, 0.0).reshape(height, width)
-    if float(alpha.max()) < FAINTEST:
+    if float(alpha.max() - alpha.min()) < FAINTEST:
         return None
     pattern = color[:, None, None].expand_as(middle).clone()
     w, b = evidence.discriminant

@@ -84,7 +84,7 @@ ALIKE = 0.65
 
 Natural kinds of images differ in more than one thing: whatever is added to the others, they can still be told apart.
 """
-MORE_ALIKE = 0.5
+MORE_ALIKE = 0.4
 """The same for a change of the whole image and for pixels of one colour: light, contrast and colour are much of what
 natural kinds differ in."""
 HARDLY_APART = 0.4
@@ -172,7 +172,8 @@ class Trial:
     @property
     def confirmed(self) -> bool:
         """Whether it may be an artifact though it was isolated from the very samples that it was recognized in."""
-        return self.left <= CONFIRMED and self.separation >= SHARP and self.artifact.replaced <= CHANGED
+        sure = self.left <= CONFIRMED and self.separation >= SHARP and self.artifact.replaced <= CHANGED
+        return self.accounts and sure
 
     @property
     def unnatural(self) -> bool:

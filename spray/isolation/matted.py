@@ -76,8 +76,8 @@ class Colored(Donated):
     """An artifact whose pixels have one colour: always the same (`color`, (C,)) or, NaN, another one in each sample.
 
     `weights` (H, W) say how much more often the cluster's images have such a pixel than the rest's; `whole`, whether
-    what they enclose is a part of it. `most` is the score of those that have the most such pixels: a clear sky is of one
-    colour, too, and has more.
+    what they enclose is a part of it. `most` is the score of those that have the most such pixels: a clear sky is of
+    one colour, too, and has more.
     """
 
     kind: ClassVar[str] = "colored"
