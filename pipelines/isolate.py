@@ -143,7 +143,7 @@ def _judge(candidates: list[Candidate]) -> None:
             candidate.bias if candidate.ranked else None,
             candidate.unusual,
             candidate.trials[0].accounts,
-            candidate.trials[0].isolator not in WHOLE,
+            candidate.artifact.constant and candidate.trials[0].isolator not in WHOLE,
         )
         if not candidate.trials[0].explains and candidate.verdict != "sample_bias":
             candidate.verdict = "no_effect"

@@ -133,9 +133,12 @@ def test_an_explanation_has_to_be_found_in_what_it_explains() -> None:
 
 @pytest.mark.parametrize(
     ("isolator", "likeness", "still", "expected"),
-    [("change", 0.7, 0.9, False), ("change", 0.9, 0.9, True), ("change", 0.7, 0.6, False), ("local", 0.3, 0.9, True)],
+    [
+        *(("change", 0.7, 0.9, False), ("change", 0.9, 0.9, True), ("change", 0.7, 0.6, False)),
+        *(("local", 0.3, 0.9, True), ("colored", 0.3, 0.9, False), ("colored", 0.5, 0.9, True)),
+    ],
 )
-def test_a_change_of_the_whole_image_has_to_make_the_rest_look_like_the_cluster(
+def test_what_is_not_the_same_piece_has_to_make_the_rest_look_like_the_cluster(
     isolator: str, likeness: float, still: float, expected: bool
 ) -> None:
     assert Trial(isolator, a_piece(), likeness, 1.0, 1.0, 1.0, still, 0.9, 0.1).explains is expected

@@ -348,8 +348,9 @@ def verdict(
     accounts : bool
         Whether the artifact is all that tells its samples from the rest: see `spray.isolation.choice.Trial.accounts`.
     trigger : bool
-        Whether it can be a backdoor's: something of its own, not a change of the whole image, which is in as many
-        images as there is light of some kind, and undone without a trace; if that costs nothing, it was nothing.
+        Whether it can be a backdoor's: something of its own that is always the same. Cut-outs hold what makes their
+        images; a change of the whole image is in as many as there is light of some kind, and undone without a trace: if
+        that costs nothing, it was nothing.
 
     Returns
     -------

@@ -75,6 +75,9 @@ LIKE_ENOUGH = 0.85
 Images of a class differ as wholes without any artifact, and a change fitted to a natural group moves models, too; but
 what it makes does not look like the group.
 """
+LIKE_AT_ALL = 0.4
+"""The same of what has a place or shape of its own, if it is not the same piece of an image. Planted ones had 0.53 and more; pixels of a colour that
+some natural images have made others like them by 0.06 to 0.27."""
 LIKE_SOME = 0.65
 """The same of cut-outs after which hardly anything tells the rest from the cluster: each sample shows another one."""
 APART = 0.8
@@ -150,8 +153,9 @@ class Trial:
 
     @property
     def explains(self) -> bool:
-        """Whether the cluster is what was added: always assumed of what has a place, content or shape of its own."""
-        return self.isolator not in WHOLE or self.likeness >= LIKE_ENOUGH
+        """Whether the cluster is what was added: assumed of the same piece of an image."""
+        least = LIKE_ENOUGH if self.isolator in WHOLE else LIKE_AT_ALL
+        return self.isolator in SAME_CONTENT or self.likeness >= least
 
     @property
     def left(self) -> float:
