@@ -76,8 +76,10 @@ Images of a class differ as wholes without any artifact, and a change fitted to 
 what it makes does not look like the group.
 """
 LIKE_AT_ALL = 0.4
-"""The same of what has a place or shape of its own, if it is not the same piece of an image. Planted ones had 0.53 and more; pixels of a colour that
-some natural images have made others like them by 0.06 to 0.27."""
+"""The same of what has a place or shape of its own, if it is not the same piece of an image.
+
+Planted ones had 0.53 and more; pixels of a colour that some natural images have made others like these by 0.06 to 0.27.
+"""
 LIKE_SOME = 0.65
 """The same of cut-outs after which hardly anything tells the rest from the cluster: each sample shows another one."""
 APART = 0.8
