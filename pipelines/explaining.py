@@ -220,12 +220,14 @@ class Explainer:
         What only resembles an artifact may tell its samples all the same: the shape of a sticker that is turned anyhow,
         a noise of about the right strength. Natural kinds account for themselves then, too, but not as well.
         """
-        trial = best.trials[0]
-        whole = trial.isolator in WHOLE
-        if trial.accounts or (whole and trial.likeness < RESEMBLES):
+        lead = best.trials[0]
+        whole = lead.isolator in WHOLE
+        if lead.accounts or (whole and lead.likeness < RESEMBLES):
             return None
         of_class, features, _ = self._class(c)
-        for _ in range(LOOKS):
+        for look in range(LOOKS):
+            if look:
+                found = self._recognized(refitted(lead, best.evidence), best.start, of_class, features, c)
             few = min(found.carries.sum(), (~found.carries).sum()) < RAW
             if few or _alike(found.carries, best.start.carries):
                 return None
@@ -237,7 +239,6 @@ class Explainer:
             best = replace(best, trials=[lead, *(trial for trial in best.trials if trial is not lead)])
             if lead.confirmed:
                 return best
-            found = self._recognized(refitted(lead, best.evidence), best.start, of_class, features, c)
         return None
 
     def _attempt(

@@ -106,8 +106,8 @@ SHARP = 0.9
 """Least separation of what is looked at again from all samples that show it, whatever else the cluster shares, and of
 what is isolated from samples that it was recognized in."""
 RESEMBLES = 0.5
-"""Least likeness from which on a change of the whole image is fitted more closely and looked at once more, which takes
-a while."""
+"""Least likeness from which on a change of the whole image is fitted more closely and looked at again, which takes a
+while."""
 SEPARATED = 0.75
 """Least separation by its own score: what makes the cluster is found in it."""
 REPLACED = 0.55

@@ -100,7 +100,7 @@ class Colored(Donated):
         What has more than any sample of the cluster is as far from it as what has so much less.
         """
         score = (self._filled(images) - self.zero) / self.scale
-        return self.most - (score - self.most).abs() if np.isfinite(self.most) else score
+        return torch.minimum(score, 2 * self.most - score)
 
     def insert(self, images: Tensor, draws: np.ndarray, content: Tensor | None = None) -> Tensor:
         """Add the artifact, or other content in its place: not in its very shape where any colour will do.

@@ -52,7 +52,7 @@ def subgroups(features: np.ndarray, others: np.ndarray, seed: int, most: int) ->
     if min(len(features), len(others)) < 2 * SMALLEST or most < 1:
         return []
     principal = _principal(features, others)
-    for k in COMPONENTS:
+    for k in sorted({min(k, principal.shape[1]) for k in COMPONENTS}):
         inside, outside = _independent(principal[:, :k], len(features), seed)
         for one, other in zip(inside.T, outside.T, strict=True):
             for sign in (1, -1):
