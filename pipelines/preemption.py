@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,8 +18,15 @@ RESUME = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+LOCKING = ("threading", "queue", "concurrent", "multiprocessing", "logging")
+"""Packages whose code holds a lock for a moment, and keeps it for good if an exception comes right after it took it."""
+
+PATIENCE, AGAIN = 1.0, 0.005
+"""Seconds that a stop waits for the end of such code, which may itself be waiting for long, and between two looks."""
+
 _received: list[str] = []
 _deferred: list[bool] = []
+_postponed: list[float] = []
 
 
 class Preempted(BaseException):
@@ -28,10 +37,13 @@ class Preempted(BaseException):
 def listening() -> Iterator[None]:
     """Raise `Preempted` in the main thread, once, when SIGTERM or SIGUSR1 arrives while the block runs.
 
-    Signals that arrive while that one is on its way out change nothing, and none does after the block: the
-    process is about to end. Outside of the main thread, where no handler can be set, the block runs as it is.
+    Neither that nor the `KeyboardInterrupt` of Ctrl-C comes while the standard library holds a lock that another
+    thread, or the cleaning up, would then wait for without end. Signals that arrive while that one is on its way
+    out change nothing, and none does after the block: the process is about to end. Outside of the main thread,
+    where no handler can be set, the block runs as it is.
     """
     _received.clear()
+    _postponed.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -43,17 +55,28 @@ def listening() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if _received and (_deferred or _is_on_its_way()):
+        if _received and not _postponed and (_deferred or _is_on_its_way()):
             return
-        _received.append(signal.Signals(number).name)
-        if _deferred:
+        if not _received:
+            _received.append(signal.Signals(number).name)
+        if _deferred or (_is_locking(frame) and _postpone(number)):
             return
-        raise Preempted(_received[0])
+        check()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if not (_is_locking(frame) and _postpone(number)):
+            _postponed.clear()
+            signal.default_int_handler(number, frame)
 
     before: dict[int, Any] = {number: signal.signal(number, handle) for number in SIGNALS}
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_default:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
+        if is_default:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, handler in before.items():
             # None: set by something that isn't Python, which cannot be put back.
             old = signal.SIG_DFL if handler is None else handler
@@ -75,7 +98,34 @@ def deferred() -> Iterator[None]:
 def check() -> None:
     """Raise `Preempted` if a stop was asked for, for loops: a callback of C code may have swallowed the first."""
     if _received:
+        _postponed.clear()
         raise Preempted(_received[0])
+
+
+def _is_locking(frame: FrameType | None) -> bool:
+    """Say whether the code that was interrupted may hold a lock, or be about to."""
+    return frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in LOCKING
+
+
+def _postpone(number: int) -> bool:
+    """Send the signal again in a moment, unless that was done for long enough; return whether it will come."""
+    now = time.monotonic()
+    if not _postponed:
+        _postponed.append(now + PATIENCE)
+    if now > _postponed[0]:
+        return False
+
+    def send() -> None:
+        time.sleep(AGAIN)
+        if _postponed:
+            os.kill(os.getpid(), number)
+
+    try:
+        # The lowest of all ways: what `threading` does to start a thread takes locks.
+        _thread.start_new_thread(send, ())
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_on_its_way() -> bool:

@@ -6,6 +6,7 @@ Prints what became of each start, as JSON.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -13,6 +14,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+HANGS = 120
+"""Seconds after which a start, which takes a few, is taken to hang."""
 
 
 def status(run_dir: Path) -> str:
@@ -31,6 +35,8 @@ def start(arguments: list[str], log: Path) -> int:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    # One that does not end says where it stands, and is no clean end.
+    faulthandler.dump_traceback_later(HANGS, exit=True)
     sys.argv = ["spray", *arguments]
     from spray.pipelines import cli
 

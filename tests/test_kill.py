@@ -70,7 +70,7 @@ def test_pre_emption_ends_cleanly_and_the_next_start_goes_on(prepared: tuple[Pat
     events = interrupted(prepared[0], tmp_path, "SIGTERM", 15)
     landed = [event for event in events if event["landed"]]
     assert len(landed) >= 15
-    assert {event["code"] for event in landed} == {75}
+    assert {event["code"] for event in landed} == {75}, [p.read_text()[-3000:] for p in tmp_path.glob("run*/said.txt")]
     assert not any(event["left"] for event in landed)
     assert events[-1]["done"]
     assert all(data == prepared[1] for data in results(tmp_path))

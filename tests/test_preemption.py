@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def handlers():
     for number, handler in before.items():
         signal.signal(number, handler)
     preemption._received.clear()
+    preemption._postponed.clear()
 
 
 def raise_signal(number: int = signal.SIGTERM) -> None:
@@ -95,6 +97,39 @@ def test_a_stop_that_was_swallowed_is_found_by_loops_and_by_the_next_signal():
     # The next command of the process starts without it.
     with listening():
         check()
+
+
+STOPS = [(signal.SIGTERM, Preempted), (signal.SIGUSR1, Preempted), (signal.SIGINT, KeyboardInterrupt)]
+
+
+@pytest.mark.parametrize(("number", "stop"), STOPS)
+def test_a_stop_waits_while_the_standard_library_takes_a_lock(number, stop):
+    """Else the lock stays taken: a thread that writes then never ends, nor does the command that waits for it."""
+
+    class Lock:
+        """Is interrupted when it has been taken, before that is known to who took it."""
+
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+            self.acquire, self.release = self.lock.acquire, self.lock.release
+            self.__enter__ = partial(signal.raise_signal, number)
+
+        def __exit__(self, *error: object) -> None:
+            left.append(1)
+
+    left: list[int] = []
+    with pytest.raises(stop), listening(), threading.Condition(Lock()):
+        time.sleep(2)
+    assert left == [1]
+
+
+@pytest.mark.parametrize(("number", "stop"), STOPS)
+def test_a_stop_ends_what_waits_without_end(number, stop):
+    threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+    start = time.monotonic()
+    with pytest.raises(stop), listening():
+        threading.Event().wait()
+    assert time.monotonic() - start < 10
 
 
 def test_handlers_are_put_back_where_nothing_came():
