@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spray.isolation.statistics import BANDS, quantiles, quartiles, radial_power, spread
+from spray.isolation.statistics import BANDS, median, quantiles, quartiles, radial_power, spread
 
 SHARES = (0.0, 0.02, 0.25, 0.5, 0.98, 1.0)
 
@@ -19,6 +19,14 @@ def test_quantiles_are_those_of_torch(dim: int, n: int) -> None:
     values = torch.rand(shape, generator=torch.Generator().manual_seed(n)).round(decimals=2)
     expected = torch.quantile(values, torch.tensor(SHARES), dim=dim)
     torch.testing.assert_close(quantiles(values, SHARES, dim), expected, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize(("dim", "n"), [(0, 7), (0, 8), (2, 1), (1, 20)])
+def test_median_is_that_of_torch(dim: int, n: int) -> None:
+    shape = [3, 4, 5]
+    shape[dim] = n
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(n))
+    torch.testing.assert_close(median(values, dim), values.median(dim=dim).values, rtol=0, atol=0)
 
 
 def test_quartiles_are_of_each_pixel() -> None:

@@ -5,8 +5,13 @@ Learned-Miller, "Data driven image models through continuous joint alignment", 2
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
+from scipy.fft import next_fast_len
 from torch import Tensor, nn
+
+from spray.isolation.statistics import median
 
 
 def match(images: Tensor, template: Tensor, mask: Tensor, radius: int) -> tuple[Tensor, Tensor]:
@@ -33,21 +38,48 @@ def match(images: Tensor, template: Tensor, mask: Tensor, radius: int) -> tuple[
     shift : Tensor of int64
         (n, 2): by how many rows and columns the image's content lies away from the template's.
     """
-    # All else has no weight. In double precision, since of the large sums next to nothing is left where images match.
-    part = extent(mask)
-    kernels, weights, constant = _shifted_kernels(template[:, *part].double(), mask[part].to(images).double(), radius)
-    padded = nn.functional.pad(images, (radius,) * 4, mode="replicate")
-    rows, columns = (slice(side.start, side.stop + 2 * radius) for side in part)
-    padded = padded[:, :, rows, columns].double()
-    squares = (padded**2).sum(dim=1).flatten(1) @ weights
-    products = padded.flatten(1) @ kernels
-    distance = ((squares - 2 * products + constant) / mask.sum()).to(images)
-    # Shifts that come equally close are decided for the smallest one: without content there is nothing to follow.
-    offset = torch.arange(-radius, radius + 1, device=images.device).float()
-    length = (offset[:, None] ** 2 + offset**2).flatten()
-    best = (distance + 1e-6 * length).argmin(dim=1)
-    shift = torch.stack([best // len(offset), best % len(offset)], dim=1) - radius
-    return distance.gather(1, best[:, None])[:, 0].clamp_min(0), shift
+    return _Matching(images, mask, radius).to(template)
+
+
+class _Matching:
+    """Images (n, C, H, W) whose distances to one template after the other are wanted, as of `match`.
+
+    The sums over the mask at all shifts are correlations, which multiply spectra: I² * m - 2 I * (m T) + Σ m T².
+    """
+
+    def __init__(self, images: Tensor, mask: Tensor, radius: int) -> None:
+        # All outside has no weight. In double precision, since of the large sums next to nothing is left where images
+        # match.
+        self.part, self.radius = extent(mask), radius
+        self.mask = mask[self.part].to(images).double()
+        padded = _around(images, self.part, radius).double()
+        self.size = [next_fast_len(side, real=True) for side in padded.shape[2:]]
+        self.spectra = self._spectrum(padded)
+        self.squares = self._spectrum((padded**2).sum(dim=1)) * self._spectrum(self.mask).conj()
+
+    def _spectrum(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft2(x, s=self.size)
+
+    def only(self, which: slice) -> _Matching:
+        """Return what some of the images are matched with."""
+        some = copy(self)
+        some.spectra, some.squares = self.spectra[which], self.squares[which]
+        return some
+
+    def to(self, template: Tensor) -> tuple[Tensor, Tensor]:
+        """Return distance (n,) and shift (n, 2) of a template (C, H, W)."""
+        content = template[:, *self.part].double()
+        weighted = self._spectrum(self.mask * content).conj()
+        spectrum = self.squares - 2 * (self.spectra * weighted).sum(dim=1)
+        side = 2 * self.radius + 1
+        sums = torch.fft.irfft2(spectrum, s=self.size)[:, :side, :side].flatten(1)
+        distance = ((sums + (self.mask * content.square()).sum()) / self.mask.sum()).to(template)
+        # Shifts that come equally close are decided for the smallest one: without content there is nothing to follow.
+        offset = torch.arange(-self.radius, self.radius + 1, device=template.device).float()
+        length = (offset[:, None] ** 2 + offset**2).flatten()
+        best = (distance + 1e-6 * length).argmin(dim=1)
+        shift = torch.stack([best // side, best % side], dim=1) - self.radius
+        return distance.gather(1, best[:, None])[:, 0].clamp_min(0), shift
 
 
 def extent(mask: Tensor) -> tuple[slice, slice]:
@@ -56,21 +88,14 @@ def extent(mask: Tensor) -> tuple[slice, slice]:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def _shifted_kernels(template: Tensor, mask: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return m·T and m at every shift as columns over the padded image, and Σ m T².
-
-    With them a matrix product gives the distance of all images at all shifts.
-    """
-    height, width = (side + 2 * radius for side in mask.shape)
-    weighted = mask * template
-
-    def moved(x: Tensor) -> Tensor:
-        """Return what lies at each shift, (shifts, shifts, channels, height, width), of x (channels, ...)."""
-        wide = nn.functional.pad(x, (2 * radius,) * 4)
-        return wide.unfold(1, height, 1).unfold(2, width, 1).flip(1, 2).movedim(0, 2)
-
-    kernels, weights = (moved(x).flatten(2).flatten(0, 1).T for x in (weighted, mask[None]))
-    return kernels, weights, (weighted * template).sum()
+def _around(images: Tensor, part: tuple[slice, slice], radius: int) -> Tensor:
+    """Return a part of images (n, C, H, W) and a margin, in which an image is continued by its border pixels."""
+    within, beyond = [], []
+    for side, size in zip(part, images.shape[2:], strict=True):
+        start, stop = side.start - radius, side.stop + radius
+        within.append(slice(max(start, 0), min(stop, size)))
+        beyond.append((max(-start, 0), max(stop - size, 0)))
+    return nn.functional.pad(images[:, :, *within], (*beyond[1], *beyond[0]), mode="replicate")
 
 
 def shifted(images: Tensor, shift: Tensor, radius: int) -> Tensor:
@@ -122,14 +147,15 @@ def congeal(images: Tensor, mask: Tensor, radius: int, rounds: int = 6) -> tuple
     shift : Tensor of int64
         (n, 2), the median shift being zero.
     """
-    some = images[:: max(1, len(images) // 16)]
-    distances = torch.stack([match(some, image, mask, radius)[0].sqrt().mean() for image in some])
-    template = some[int(distances.argmin())]
+    matching, some = _Matching(images, mask, radius), slice(None, None, max(1, len(images) // 16))
+    among = matching.only(some)
+    distances = torch.stack([among.to(image)[0].sqrt().mean() for image in images[some]])
+    template = images[some][int(distances.argmin())]
     shift = torch.zeros(len(images), 2, dtype=torch.int64, device=images.device)
     for _ in range(rounds):
-        _, found = match(images, template, mask, radius)
+        _, found = matching.to(template)
         found = (found - found.median(dim=0).values).clamp(-radius, radius)
-        template = shifted(images, found, radius).median(dim=0).values
+        template = median(shifted(images, found, radius), dim=0)
         if torch.equal(found, shift):
             break
         shift = found

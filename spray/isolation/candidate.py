@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spray.isolation.alignment import congeal, match, shifted
 from spray.isolation.artifact import Artifact, smaller
+from spray.isolation.statistics import median
 
 CONSISTENT = 0.3
 """A pixel belongs to the artifact where the cluster's images differ from the pattern by less than this share of
@@ -141,7 +142,7 @@ def _align(images: Tensor, other_images: Tensor, around: Tensor, radius: int) ->
     where = (smaller(around[None, None])[0][0, 0] > 0).float()
     _, shift = congeal(small, where, -(-radius // factor))
     shift = (shift * factor).clamp(-radius, radius)
-    pattern = shifted(images, shift, radius).median(dim=0).values
+    pattern = median(shifted(images, shift, radius), dim=0)
     _, other_shift = match(smaller(other_images)[0], smaller(pattern[None])[0][0], where, -(-radius // factor))
     return pattern, shift, (other_shift * factor).clamp(-radius, radius)
 

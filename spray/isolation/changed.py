@@ -261,12 +261,18 @@ def smoothed(images: Tensor, sigma: float) -> Tensor:
     if sigma <= 0:
         return images
     radius = min(int(np.ceil(3 * sigma)), min(images.shape[2:]) - 1)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1).to(images) / sigma).square())
-    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, -1)
-    channels = images.shape[1]
-    padded = nn.functional.pad(images, (radius,) * 4, mode="reflect")
-    rows = nn.functional.conv2d(padded, kernel[:, :, :, None], groups=channels)
-    return nn.functional.conv2d(rows, kernel[:, :, None], groups=channels)
+    kernel = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
+    kernel /= 2 * kernel.sum() - kernel[0]
+    result = nn.functional.pad(images, (radius,) * 4, mode="reflect")
+    # Sums of moved images: PyTorch's convolution of each channel alone takes three to ten times as long.
+    for dim in (2, 3):
+        size = images.shape[dim]
+        parts = [result.narrow(dim, start, size) for start in range(2 * radius + 1)]
+        total = float(kernel[0]) * parts[radius]
+        for distance, weight in enumerate(kernel[1:].tolist(), start=1):
+            total.add_(parts[radius - distance] + parts[radius + distance], alpha=weight)
+        result = total
+    return result
 
 
 def background_color(images: Tensor) -> Tensor:

@@ -314,11 +314,16 @@ def inner_features(model: nn.Module, layers: list[str], x: Tensor) -> Tensor:
 
     from spray.correction.layers import changed, channel_dim
 
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
 
     def looking(name: str) -> Callable[[Tensor], None]:
         def look(a: Tensor) -> None:
-            seen[name] = a.detach().clone()
+            dim = channel_dim(model, name, a.shape)
+            if dim is None:
+                seen[name] = [a.clone()]  # the next layer may work in place
+            else:
+                positions = [d for d in range(1, a.dim()) if d != dim]
+                seen[name] = [a.mean(dim=positions), a.amax(dim=positions)]
 
         return look
 
@@ -326,12 +331,5 @@ def inner_features(model: nn.Module, layers: list[str], x: Tensor) -> Tensor:
         for name in layers:
             stack.enter_context(changed(model, name, looking(name)))
         model(x)
-    parts = []
-    for name, a in seen.items():
-        dim = channel_dim(model, name, a.shape)
-        if dim is None:
-            parts.append(a)
-        else:
-            flat = a.movedim(dim, 1).flatten(2)
-            parts += [flat.mean(dim=2), flat.amax(dim=2)]
+    parts = [part for name in seen for part in seen[name]]
     return torch.cat([part.float().cpu() for part in parts], dim=1)

@@ -48,6 +48,14 @@ def quantiles(values: Tensor, shares: Sequence[float], dim: int) -> Tensor:
     return torch.lerp(low, high, (rank - rank.floor()).reshape(-1, *[1] * (low.dim() - 1)))
 
 
+def median(values: Tensor, dim: int) -> Tensor:
+    """Return the median as `torch.median` does, the lower of two in the middle; on the CPU faster."""
+    if values.device.type != "cpu":
+        return values.median(dim=dim).values
+    rows = np.sort(np.ascontiguousarray(values.movedim(dim, -1).numpy()), axis=-1)
+    return torch.from_numpy(rows[..., (rows.shape[-1] - 1) // 2].copy())
+
+
 def quartiles(images: Tensor) -> Tensor:
     """Return the quartiles (3, C, H, W) of each pixel over images (n, C, H, W)."""
     return quantiles(images, (0.25, 0.5, 0.75), dim=0)
