@@ -38,10 +38,10 @@ def match(images: Tensor, template: Tensor, mask: Tensor, radius: int) -> tuple[
     shift : Tensor of int64
         (n, 2): by how many rows and columns the image's content lies away from the template's.
     """
-    return _Matching(images, mask, radius).to(template)
+    return Matching(images, mask, radius).to(template)
 
 
-class _Matching:
+class Matching:
     """Images (n, C, H, W) whose distances to one template after the other are wanted, as of `match`.
 
     The sums over the mask at all shifts are correlations, which multiply spectra: I² * m - 2 I * (m T) + Σ m T².
@@ -52,34 +52,49 @@ class _Matching:
         # match.
         self.part, self.radius = extent(mask), radius
         self.mask = mask[self.part].to(images).double()
-        padded = _around(images, self.part, radius).double()
+        padded = around(images, self.part, radius).double()
         self.size = [next_fast_len(side, real=True) for side in padded.shape[2:]]
-        self.spectra = self._spectrum(padded)
-        self.squares = self._spectrum((padded**2).sum(dim=1)) * self._spectrum(self.mask).conj()
+        self.spectra, self.squares = self._spectrum(padded), self._spectrum((padded**2).sum(dim=1))
+        self.weights = self._spectrum(self.mask).conj()
 
     def _spectrum(self, x: Tensor) -> Tensor:
         return torch.fft.rfft2(x, s=self.size)
 
-    def only(self, which: slice) -> _Matching:
+    def only(self, which: slice | Tensor) -> Matching:
         """Return what some of the images are matched with."""
         some = copy(self)
         some.spectra, some.squares = self.spectra[which], self.squares[which]
         return some
 
+    def within(self, mask: Tensor) -> Matching:
+        """Return what the images are matched with inside another mask (H, W), which reaches no further."""
+        other = copy(self)
+        other.mask = mask[self.part].to(self.mask)
+        other.weights = self._spectrum(other.mask).conj()
+        return other
+
     def to(self, template: Tensor) -> tuple[Tensor, Tensor]:
         """Return distance (n,) and shift (n, 2) of a template (C, H, W)."""
+        distance, shift = self.least(self.distances(template))
+        return distance.clamp_min(0), shift
+
+    def distances(self, template: Tensor) -> Tensor:
+        """Return the distances (n, shifts²) of a template (C, H, W) at all shifts."""
         content = template[:, *self.part].double()
         weighted = self._spectrum(self.mask * content).conj()
-        spectrum = self.squares - 2 * (self.spectra * weighted).sum(dim=1)
+        spectrum = self.squares * self.weights - 2 * (self.spectra * weighted).sum(dim=1)
         side = 2 * self.radius + 1
         sums = torch.fft.irfft2(spectrum, s=self.size)[:, :side, :side].flatten(1)
-        distance = ((sums + (self.mask * content.square()).sum()) / self.mask.sum()).to(template)
+        return ((sums + (self.mask * content.square()).sum()) / self.mask.sum()).to(template)
+
+    def least(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the least of the values (n, shifts²) at all shifts, (n,), and the shift (n, 2)."""
         # Shifts that come equally close are decided for the smallest one: without content there is nothing to follow.
-        offset = torch.arange(-self.radius, self.radius + 1, device=template.device).float()
+        offset = torch.arange(-self.radius, self.radius + 1, device=values.device).float()
         length = (offset[:, None] ** 2 + offset**2).flatten()
-        best = (distance + 1e-6 * length).argmin(dim=1)
-        shift = torch.stack([best // side, best % side], dim=1) - self.radius
-        return distance.gather(1, best[:, None])[:, 0].clamp_min(0), shift
+        best = (values + 1e-6 * length).argmin(dim=1)
+        shift = torch.stack([best // len(offset), best % len(offset)], dim=1) - self.radius
+        return values.gather(1, best[:, None])[:, 0], shift
 
 
 def extent(mask: Tensor) -> tuple[slice, slice]:
@@ -88,8 +103,8 @@ def extent(mask: Tensor) -> tuple[slice, slice]:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def _around(images: Tensor, part: tuple[slice, slice], radius: int) -> Tensor:
-    """Return a part of images (n, C, H, W) and a margin, in which an image is continued by its border pixels."""
+def around(images: Tensor, part: tuple[slice, slice], radius: int) -> Tensor:
+    """Return a part of images (n, C, H, W), with a margin; beyond its border an image is continued by its pixels."""
     within, beyond = [], []
     for side, size in zip(part, images.shape[2:], strict=True):
         start, stop = side.start - radius, side.stop + radius
@@ -147,7 +162,7 @@ def congeal(images: Tensor, mask: Tensor, radius: int, rounds: int = 6) -> tuple
     shift : Tensor of int64
         (n, 2), the median shift being zero.
     """
-    matching, some = _Matching(images, mask, radius), slice(None, None, max(1, len(images) // 16))
+    matching, some = Matching(images, mask, radius), slice(None, None, max(1, len(images) // 16))
     among = matching.only(some)
     distances = torch.stack([among.to(image)[0].sqrt().mean() for image in images[some]])
     template = images[some][int(distances.argmin())]

@@ -18,6 +18,7 @@ from spray.isolation.matted import isolate_colored, isolate_donated, isolate_unc
 from spray.isolation.moments import refined
 from spray.isolation.scattered import isolate_scattered
 from spray.isolation.statistics import quartiles, statistics
+from spray.isolation.turned import isolate_turned
 from spray.isolation.two_samples import area, told_apart
 
 Isolator = Callable[[Evidence], Artifact | None]
@@ -41,6 +42,7 @@ ISOLATORS: dict[str, Isolator] = {
     "colored": isolate_colored,
     "uncolored": isolate_uncolored,
     "scattered": isolate_scattered,
+    "turned": isolate_turned,
     "blended": isolate_blended,
     "faded": isolate_faded,
     "shade": isolate_shade,
@@ -90,8 +92,8 @@ ALIKE = 0.65
 Natural kinds of images differ in more than one thing: whatever is added to the others, they can still be told apart.
 """
 MORE_ALIKE = 0.4
-"""The same for a change of the whole image and for pixels of one colour: light, contrast and colour are much of what
-natural kinds differ in."""
+"""The same for a change of the whole image, pixels of one colour and what lies at any angle: light, contrast, colour
+and edges are much of what natural kinds differ in."""
 HARDLY_APART = 0.4
 """The same for cut-outs that make the rest only somewhat like the cluster; of natural kinds they left 0.53 and more.
 
@@ -108,6 +110,8 @@ what is isolated from samples that it was recognized in."""
 RESEMBLES = 0.5
 """Least likeness from which on a change of the whole image is fitted more closely and looked at again, which takes a
 while."""
+CLOSER = -0.2
+"""Least share explained of the squared difference: added, nothing makes images look less like the cluster's samples."""
 SEPARATED = 0.75
 """Least separation by its own score: what makes the cluster is found in it."""
 REPLACED = 0.55
@@ -168,11 +172,11 @@ class Trial:
     @property
     def accounts(self) -> bool:
         """Whether the artifact, with content of its own, is all that tells the cluster's samples from the rest."""
-        most = MORE_ALIKE if self.isolator in (*WHOLE, "colored") else ALIKE
+        most = MORE_ALIKE if self.isolator in (*WHOLE, "colored", "turned") else ALIKE
         alike = self.apart >= APART and self.left <= most and self.separation >= SEPARATED
         # Cut-outs of natural images hold what makes these, but do not make others like them.
         least = LIKE_SOME if self.left <= HARDLY_APART else LIKE_ENOUGH
-        like = self.explains and (self.artifact.constant or self.likeness >= least)
+        like = self.explains and (self.artifact.constant or self.likeness >= least) and self.explained >= CLOSER
         return alike and like and shows(self.artifact) and self.artifact.replaced <= REPLACED
 
     @property
