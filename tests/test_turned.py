@@ -12,7 +12,7 @@ from spray.isolation.choice import separation
 from spray.isolation.evidence import Evidence
 from spray.isolation.turned import Turned, isolate_turned, turned
 from spray.pipelines.isolated import load_artifact, save_artifact
-from tests.worlds import SIDE, scenes
+from tests.worlds import SIDE, World, scenes
 
 N, REST = 40, 80
 
@@ -109,6 +109,11 @@ def test_what_has_nothing_in_common_is_no_strip(seed: int) -> None:
     # If anything is made of it, other samples of the cluster have it no more than the rest.
     if found is not None:
         assert separation(found.score(scenes(60, 40 + seed)), found.score(scenes(60, 50 + seed))) < 0.7
+
+
+@pytest.mark.parametrize("kind", ["box", "tag"])
+def test_what_is_never_turned_is_no_turned_artifact(kind: str) -> None:
+    assert isolate_turned(World(kind=kind, size=6).evidence) is None
 
 
 def test_one_colour_is_no_match_where_all_around_has_it_too() -> None:

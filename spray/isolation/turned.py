@@ -30,6 +30,8 @@ OPAQUE = 0.6
 """Least opacity at which content is seen well enough."""
 SOME = 0.5
 """Share of the cluster's samples that show it at least."""
+UPRIGHT = 0.7
+"""What matches by so much of its score if it is not turned is explained by what is never turned."""
 FEW = 16
 """Images of which one is what the first alignment is made with."""
 
@@ -77,12 +79,12 @@ class Turned(Artifact):
         moved = -self.shifts[drawn]
         return moved_masks(masks, moved, self.radius), shifted(patterns, moved, self.radius)
 
-    def best(self, images: Tensor) -> Found:
-        """Return where each image has the least contrast to the pattern, see `Views`."""
+    def best(self, images: Tensor, n_angles: int = ANGLES) -> Found:
+        """Return where each image has the least contrast to the pattern, see `Views`, at the first few angles."""
         small, factor = smaller(images)
         mask, pattern = smaller(self.mask[None, None])[0][0, 0], smaller(self.pattern[None])[0][0]
         views = Views(mask, pattern, (self.center + 0.5) / factor - 0.5)
-        contrast, shift, angle = views.closest(Matching(small, views.reach, -(-self.radius // factor)))
+        contrast, shift, angle = views.closest(Matching(small, views.reach, -(-self.radius // factor)), n_angles)
         return contrast, (shift * factor).clamp(-self.radius, self.radius), angle
 
 
@@ -106,12 +108,15 @@ class Views:
         self.patterns = all_around(pattern, "border")
         self.reach = torch.maximum(self.masks, self.rings).amax(dim=0)
 
-    def closest(self, matching: Matching) -> Found:
-        """Return where each image has the least contrast."""
+    def closest(self, matching: Matching, n_angles: int = ANGLES) -> Found:
+        """Return where each image has the least contrast, at the first few angles."""
         found = []
         least = self.patterns.shape[1] * VISIBLE**2
-        for mask, ring, pattern in zip(self.masks, self.rings, self.patterns, strict=True):
-            inside, around = (matching.within(part).distances(pattern).clamp_min(0) for part in (mask, ring))
+        for k in range(n_angles):
+            inside, around = (
+                matching.within(part).distances(self.patterns[k]).clamp_min(0)
+                for part in (self.masks[k], self.rings[k])
+            )
             found.append(matching.least(((inside + least) / (around + least)).log()))
         return _best_of(found, self.angles)
 
@@ -178,8 +183,10 @@ def isolate_turned(evidence: Evidence) -> Turned | None:
     unscaled = Turned(whole[0], content, unmoved, 1.0, radius * factor, True, unturned, 0.0)
     contrast, shift, angle = unscaled.best(evidence.images)
     zero = float(unscaled.best(evidence.other_images)[0].median())
-    scale = zero - float(contrast.median())
-    return replace(unscaled, shifts=shift, angles=angle, zero=zero, scale=scale) if scale > 1e-6 else None
+    scale, unturned_scale = (zero - float(x.median()) for x in (contrast, unscaled.best(evidence.images, 1)[0]))
+    if scale < 1e-6 or unturned_scale > UPRIGHT * scale:
+        return None
+    return replace(unscaled, shifts=shift, angles=angle, zero=zero, scale=scale)
 
 
 def _place(evidence: Evidence) -> tuple[Tensor, int]:
