@@ -92,8 +92,8 @@ ALIKE = 0.65
 Natural kinds of images differ in more than one thing: whatever is added to the others, they can still be told apart.
 """
 MORE_ALIKE = 0.4
-"""The same for a change of the whole image, pixels of one colour and what lies at any angle: light, contrast, colour
-and edges are much of what natural kinds differ in."""
+"""The same for a change of the whole image and for pixels of one colour: light, contrast and colour are much of what
+natural kinds differ in."""
 HARDLY_APART = 0.4
 """The same for cut-outs that make the rest only somewhat like the cluster; of natural kinds they left 0.53 and more.
 
@@ -172,7 +172,7 @@ class Trial:
     @property
     def accounts(self) -> bool:
         """Whether the artifact, with content of its own, is all that tells the cluster's samples from the rest."""
-        most = MORE_ALIKE if self.isolator in (*WHOLE, "colored", "turned") else ALIKE
+        most = MORE_ALIKE if self.isolator in (*WHOLE, "colored") else ALIKE
         alike = self.apart >= APART and self.left <= most and self.separation >= SEPARATED
         # Cut-outs of natural images hold what makes these, but do not make others like them.
         least = LIKE_SOME if self.left <= HARDLY_APART else LIKE_ENOUGH
