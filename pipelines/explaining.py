@@ -17,6 +17,7 @@ from spray.figures import fitted
 from spray.isolation.artifact import Artifact
 from spray.isolation.causal import measure_effect, sample_bias, shows
 from spray.isolation.choice import (
+    CONFIRMED,
     ISOLATORS,
     PARTS,
     RESEMBLES,
@@ -149,7 +150,7 @@ class Explainer:
         artifact = refitted(best.trials[0], best.evidence)
         found = self._recognized(artifact, best.start, of_class, features, c)
         better = self._looked_again(best, found, c, rng)
-        if better is not None and _worth(better) > _worth(best):
+        if better is not None and (best.trials[0].accounts or _worth(better) > _worth(best)):
             best = better
             artifact = refitted(best.trials[0], best.evidence)
             found = self._recognized(artifact, best.start, of_class, features, c)
@@ -222,7 +223,7 @@ class Explainer:
         """
         lead = best.trials[0]
         whole = lead.isolator in WHOLE
-        if lead.accounts or (whole and lead.likeness < RESEMBLES):
+        if (lead.accounts and lead.left <= CONFIRMED) or (whole and lead.likeness < RESEMBLES):
             return None
         of_class, features, _ = self._class(c)
         for look in range(LOOKS):
