@@ -160,7 +160,7 @@ class Explainer:
         test, others = self.context.test, np.flatnonzero(self.context.test.labels != c)
         # Cut-outs may show what makes the class; against those of other classes they would pass for an artifact.
         content = self._others(c)[0] if trials[0].accounts and artifact.constant else of_class[~carries]
-        proof = unusual or trials[0].unnatural
+        proof = unusual or trials[0].unnatural_in(float(carries.mean()))
         n_tested, n_samples = (n if proof else -(-n // LISTED) for n in (options.n_tested, options.n_samples))
         effect = measure_effect(
             self._predict,

@@ -226,6 +226,46 @@ def test_cut_outs_account_for_a_cluster_if_they_have_donors() -> None:
         assert not Trial("donated", artifact, 0.5, 1.0, 1.0, 0.95, 0.65).accounts
 
 
+def test_cut_outs_of_most_of_a_class_hold_what_makes_it() -> None:
+    piece = a_piece()
+    parts = (piece.mask, piece.pattern, piece.shifts, 1.0, 1, False)
+    donated = Donated(*parts, torch.ones(2, 3, 10, 10), piece.mask.expand(2, -1, -1))
+    for artifact, expected in ((donated, False), (piece, True)):
+        trial = Trial("donated", artifact, 1.0, 1.0, 1.0, 0.95, 0.6)
+        assert trial.unnatural_in(0.5)
+        assert trial.unnatural_in(0.55) is expected
+        assert not replace(trial, still_apart=0.95).unnatural_in(0.1)
+
+
+@pytest.mark.parametrize("isolator", ["near", "colored", "change", "turned"])
+def test_what_makes_images_look_less_like_the_samples_accounts_for_nothing(isolator: str) -> None:
+    trial = Trial(isolator, a_piece(), 1.0, -0.1, 1.0, 0.95, 0.6)
+    assert trial.accounts
+    assert not replace(trial, explained=-0.3).accounts
+
+
+@pytest.mark.parametrize("mark", ["local", "none"])
+def test_what_is_never_turned_is_simpler_than_what_is(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for name in ("local", "turned"):
+        isolator = ISOLATORS[name]
+        monkeypatch.setitem(ISOLATORS, name, lambda e, name=name, f=isolator: asked.append(name) or f(e))
+    world = World(kind="tag", size=6) if mark == "local" else World(kind="noise")
+    w, b = discriminant(statistics(world.images), statistics(world.other))
+    tried(
+        world.evidence,
+        1,
+        lambda x: statistics(x).numpy(),
+        lambda f: f @ w.numpy() + b,
+        lambda x: torch.zeros(len(x), 2),
+        scenes(8, 8),
+        0,
+        False,
+        ("local", "turned"),
+    )
+    assert asked == (["local"] if mark == "local" else ["local", "turned"])
+
+
 def test_cut_outs_that_account_for_a_cluster_have_no_handicap() -> None:
     piece = a_piece()
     donated = Donated(

@@ -114,6 +114,16 @@ def test_what_comes_nearer_is_looked_at_once_more(finds: Trial) -> None:
     assert all(names == WHOLE for _, names in looking.asked)
 
 
+@pytest.mark.parametrize("left", [0.35, 0.5])
+def test_what_accounts_for_its_samples_but_leaves_much_is_looked_at_again(left: float) -> None:
+    looking = Looking(trial("colored", 0.1))
+    best = trial("uncolored", left)
+    assert best.accounts
+    found = again(looking, best)
+    assert found is not None
+    assert found.trials == list(looking.finds)
+
+
 def test_what_stays_the_same_is_not_looked_at_once_more() -> None:
     looking = Looking(*[trial("faded", 0.35)] * LOOKS)
     looking.fewer = 5

@@ -102,6 +102,8 @@ Of a change of the whole image so little shows that it is no natural one.
 CONFIRMED, CHANGED = 0.3, 0.4
 """Of what is isolated from samples that it was recognized in: the most that may be left of the difference, and the most
 of an image that it may take the place of. Natural kinds left 0.40 and more or took the place of 0.53."""
+HALF = 0.5
+"""Largest share of a class that cut-outs can be an artifact of."""
 SAME_WAY = 0.5
 """Least cosine of two changes of the whole image that go the same way."""
 SHARP = 0.9
@@ -192,6 +194,13 @@ class Trial:
         Of too few or too impure samples that could not be told from the rest before, nothing can be accounted for.
         """
         return self.accounts or (self.isolator in SAME_CONTENT and self.apart < APART)
+
+    def unnatural_in(self, share: float) -> bool:
+        """Whether it is unnatural if it is recognized in such a share of its class.
+
+        Cut-outs of most of a class hold what makes the class.
+        """
+        return self.unnatural and (self.artifact.constant or share <= HALF)
 
     @property
     def evidence(self) -> float:
