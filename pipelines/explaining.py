@@ -257,10 +257,12 @@ class Explainer:
         if matched:
             rows = features[:, -self.n_statistics :]
             outside = outside[alike(rows[inside], rows[outside])]
-        evidence = self._evidence(*(of_class[_some(each, most, rng)] for each in (inside, outside)))
+        inside, outside = (_some(each, most, rng) for each in (inside, outside))
+        evidence = self._evidence(of_class[inside], of_class[outside])
         others = self.context.train.batch(self._others(c)[0][:TRIED])
         seed = self.context.config.seed
-        trials = tried(evidence, c, self.features, start.scorer, self._predict, others, seed, unusual, names)
+        known = features[inside], features[outside]
+        trials = tried(evidence, c, self.features, start.scorer, self._predict, others, seed, unusual, names, known)
         return Attempt(start, evidence, trials)
 
     def _recognized(

@@ -226,6 +226,7 @@ def tried(
     seed: int,
     unusual: bool = True,
     names: Sequence[str] = tuple(ISOLATORS),
+    known: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[Trial]:
     """Try isolators on half of the samples, and gather the evidence on the other half.
 
@@ -250,6 +251,8 @@ def tried(
         verdict, and no effects are measured.
     names : sequence of str
         Of the isolators that are tried.
+    known : tuple of ndarray, optional
+        The features of the cluster's images and of the rest's, where they have been computed already.
 
     Returns
     -------
@@ -261,7 +264,7 @@ def tried(
     rest = second.other_images
     draws, other_draws = (rng.integers(0, 2**31, len(images)) for images in (rest, others))
     donors = rest[rng.integers(0, len(rest), len(others))]
-    inside, outside = features(second.images), features(rest)
+    inside, outside = [part[1::2] for part in known] if known else (features(second.images), features(rest))
     usual = float(np.median(likeness(outside)))
     unit = max(float(np.median(likeness(inside))) - usual, 1e-6)
     before = told_apart(inside, outside, seed)
