@@ -113,11 +113,12 @@ class Views:
         found = []
         least = self.patterns.shape[1] * VISIBLE**2
         for k in range(n_angles):
-            inside, around = (
-                matching.within(part).distances(self.patterns[k]).clamp_min(0)
+            # Of a ring that is out of sight there is no distance, and no end of the pattern to be seen.
+            inside, outside = (
+                matching.within(part).distances(self.patterns[k]).clamp_min(0).nan_to_num(0)
                 for part in (self.masks[k], self.rings[k])
             )
-            found.append(matching.least(((inside + least) / (around + least)).log()))
+            found.append(matching.least(((inside + least) / (outside + least)).log()))
         return _best_of(found, self.angles)
 
 
