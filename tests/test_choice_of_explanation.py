@@ -213,7 +213,7 @@ def test_without_a_chance_of_a_verdict_no_predictions_are_made() -> None:
 
 
 def test_cut_outs_account_for_a_cluster_if_they_have_donors() -> None:
-    piece = a_piece(0.2)
+    piece = a_piece(0.15)
     parts = (piece.mask, piece.pattern, piece.shifts, 1.0, 1, False)
     donated = Donated(*parts, torch.ones(2, 3, 10, 10), piece.mask.expand(2, -1, -1))
     for artifact, expected in ((donated, True), (Artifact(*parts), False)):
@@ -227,7 +227,7 @@ def test_cut_outs_account_for_a_cluster_if_they_have_donors() -> None:
 
 
 def test_cut_outs_of_much_of_an_image_account_for_nothing() -> None:
-    for share, expected in ((0.2, True), (0.25, False)):
+    for share, expected in ((0.15, True), (0.25, False)):
         piece = a_piece(share)
         parts = (piece.mask, piece.pattern, piece.shifts, 1.0, 1)
         donors = torch.ones(2, 3, 10, 10), piece.mask.expand(2, -1, -1)
@@ -236,7 +236,7 @@ def test_cut_outs_of_much_of_an_image_account_for_nothing() -> None:
 
 
 def test_cut_outs_of_most_of_a_class_hold_what_makes_it() -> None:
-    piece = a_piece(0.2)
+    piece = a_piece(0.15)
     parts = (piece.mask, piece.pattern, piece.shifts, 1.0, 1, False)
     donated = Donated(*parts, torch.ones(2, 3, 10, 10), piece.mask.expand(2, -1, -1))
     for artifact, expected in ((donated, False), (piece, True)):
@@ -276,7 +276,7 @@ def test_what_is_never_turned_is_simpler_than_what_is(mark: str, monkeypatch: py
 
 
 def test_cut_outs_that_account_for_a_cluster_have_no_handicap() -> None:
-    piece = a_piece(0.2)
+    piece = a_piece(0.15)
     donated = Donated(
         piece.mask, piece.pattern, piece.shifts, 1.0, 1, False, torch.ones(2, 3, 10, 10), piece.mask.expand(2, -1, -1)
     )
