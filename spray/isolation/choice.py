@@ -289,8 +289,8 @@ def tried(
 
     trials: list[Trial] = []
     for name in names:
-        if name == "turned" and any(trial.accounts for trial in trials):
-            continue  # what is never turned is simpler, and this takes longest
+        if name == "turned" and any(trial.accounts and trial.isolator in SAME_CONTENT for trial in trials):
+            continue  # the same piece that is never turned is simpler, and this takes longest
         artifact = ISOLATORS[name](first)
         if artifact is None:
             continue
