@@ -149,6 +149,7 @@ def test_what_is_not_the_same_piece_has_to_make_the_rest_look_like_the_cluster(
     [
         *(("local", 0.95, 0.6, True), ("local", 0.95, 0.95, False), ("local", 0.7, 0.7, True)),
         *(("local", 0.95, 0.77, True), ("shade", 0.95, 0.77, False), ("colored", 0.95, 0.77, False)),
+        *(("turned", 0.95, 0.77, False), ("turned", 0.95, 0.7, True), ("local", 0.7, 0.85, False)),
         *(
             ("colored", 0.95, 0.6, True),
             ("shade", 0.95, 0.6, True),
