@@ -92,8 +92,8 @@ ALIKE = 0.65
 Natural kinds of images differ in more than one thing: whatever is added to the others, they can still be told apart.
 """
 HALF_ALIKE = 0.5
-"""The same for what lies at any angle: an edge or a corner does that. Planted strips left 0.46, natural things 0.59 and,
-but for that one, 0.77 or more."""
+"""The same for what lies at any angle, as edges and corners do: planted strips left up to 0.46, one natural thing 0.59
+and the others 0.77 or more."""
 MORE_ALIKE = 0.4
 """The same for a change of the whole image and for pixels of one colour: light, contrast and colour are much of what
 natural kinds differ in."""
