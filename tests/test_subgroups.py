@@ -27,6 +27,14 @@ def test_samples_of_one_kind_are_not_told_apart(first: tuple[int, int], second: 
     assert np.mean(areas) == pytest.approx(0.5, abs=0.06 if n > 10 else 0.12)
 
 
+def test_rounding_of_what_is_always_the_same_tells_nothing() -> None:
+    """A yellow of 0.1 blue is 0.09998 in half precision; one that is off by a hundredth is another yellow."""
+    x, y = samples(60, 1), samples(80, 2)
+    for blue, expected in ((float(np.float16(0.1)), False), (0.11, True)):
+        one, other = (np.column_stack([rows, np.full(len(rows), b)]) for rows, b in ((x, 0.1), (y, blue)))
+        assert (told_apart(one, other, 0) > 0.8) is expected
+
+
 def test_a_shift_and_a_spread_are_told_apart() -> None:
     x, y = samples(120, 1), samples(300, 2)
     shifted, wider = y.copy(), y.copy()

@@ -12,6 +12,8 @@ PER_DIRECTION = 5
 """Least samples for each of them."""
 FEWEST = 8
 """Fewest samples of a set."""
+FINEST = 1e-3
+"""Smallest difference that counts, as a share of a feature's size: what is always the same is known to rounding."""
 PENALTY = 0.05
 """Ridge of the classifier, on standardised features."""
 
@@ -59,7 +61,8 @@ def area(inside: np.ndarray, outside: np.ndarray) -> float:
 
 def _classified(rows: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Return the scores of new rows by a ridge regression on principal components and their squares."""
-    center, spread = rows.mean(axis=0), rows.std(axis=0) + 1e-6
+    center, size = rows.mean(axis=0), np.sqrt((rows**2).mean(axis=0))
+    spread = rows.std(axis=0) + FINEST * size + 1e-6
     z = (rows - center) / spread
     k = max(1, min(DIRECTIONS, len(rows) // PER_DIRECTION))
     axes = _principal(z, k)
