@@ -343,11 +343,16 @@ def test_a_change_of_the_whole_image_that_its_own_samples_do_without_is_no_backd
     assert verdict(replace(found, removal_cost=1.0), True, 0.001, 0.001, trigger=False) == "clever_hans"
 
 
-def test_what_accounts_for_its_cluster_has_to_move_no_more_than_matters() -> None:
-    found = replace(effect(), flip_rate=0.07, control_flip_rate=0.01, logit_gain=1.0, removal_cost=1.0)
+def test_what_accounts_for_its_cluster_has_to_move_little_but_more_than_chance() -> None:
+    found = replace(effect(), flip_rate=0.04, control_flip_rate=0.01, logit_gain=1.0, removal_cost=1.0)
     assert verdict(found, True, 0.001, 0.001) == "no_effect"
     assert verdict(found, True, 0.001, 0.001, accounts=True) == "clever_hans"
-    assert verdict(replace(found, flip_rate=0.05), True, 0.001, 0.001, accounts=True) == "no_effect"
+    assert verdict(replace(found, flip_rate=0.025), True, 0.001, 0.001, accounts=True) == "no_effect"
+    # Both tests and the gain are asked for as of any other.
+    assert verdict(found, True, 0.02, 0.001, accounts=True) == "no_effect"
+    assert verdict(found, True, 0.001, 0.02, accounts=True) == "no_effect"
+    loss = replace(found, logit_gain=-1.0, logit_gain_interval=(-1.5, -0.5))
+    assert verdict(loss, True, 0.001, 0.001, accounts=True) == "no_effect"
     assert verdict(found, True, 0.001, 0.001, unusual=False, accounts=True) == "no_effect"
 
 

@@ -23,9 +23,10 @@ MIN_EFFECT = 0.1
 """Least difference of flip rate and control flip rate that counts as an effect; three times that where the
 samples do not share the content: parts of images of one kind move predictions too, without being an artifact."""
 
-ACCOUNTED = 0.05
+ACCOUNTED = 0.02
 """The same where the artifact accounts for its cluster: then it is no part of an ordinary image, and what is left to
-ask is whether the model relies on it by as much as matters."""
+ask is whether the model relies on it. A network that is sure of its images may be turned in few of them and rely on it
+all the same: one that moved 4.5 % more than the control lost 9 points of accuracy with the artifact in all images."""
 
 TRIGGER = 0.5
 """Least flip rate of a backdoor: the artifact alone decides."""
