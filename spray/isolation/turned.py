@@ -221,7 +221,8 @@ class Windows:
 
     def __getitem__(self, which: slice | Tensor) -> Windows:
         some = copy(self)
-        some.images, some.variance, some.matching = self.images[which], self.variance[which], self.matching.only(which)
+        some.full, some.images, some.variance = self.full[which], self.images[which], self.variance[which]
+        some.matching = self.matching.only(which)
         return some
 
     def closest(self, pattern: Tensor) -> Found:
