@@ -55,16 +55,16 @@ def listening() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if _received and not _postponed and (_deferred or _is_on_its_way()):
+        if _received and not _postponed and _is_on_its_way():
             return
         if not _received:
             _received.append(signal.Signals(number).name)
-        if _deferred or (_is_locking(frame) and _postpone(number)):
+        if _deferred or _postpone(number, frame):
             return
         check()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if not (_is_locking(frame) and _postpone(number)):
+        if not _postpone(number, frame):
             _postponed.clear()
             signal.default_int_handler(number, frame)
 
@@ -102,13 +102,13 @@ def check() -> None:
         raise Preempted(_received[0])
 
 
-def _is_locking(frame: FrameType | None) -> bool:
-    """Say whether the code that was interrupted may hold a lock, or be about to."""
-    return frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in LOCKING
+def _postpone(number: int, frame: FrameType | None) -> bool:
+    """Send the signal again in a moment if the code it interrupted may hold a lock; return whether it will come.
 
-
-def _postpone(number: int) -> bool:
-    """Send the signal again in a moment, unless that was done for long enough; return whether it will come."""
+    Not for ever: code that waits without end is ended all the same.
+    """
+    if frame is None or str(frame.f_globals.get("__name__")).partition(".")[0] not in LOCKING:
+        return False
     now = time.monotonic()
     if not _postponed:
         _postponed.append(now + PATIENCE)

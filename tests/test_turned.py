@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -39,11 +41,7 @@ def world(share: float, scale: int = 1) -> tuple[Evidence, Tensor, Tensor]:
     """Return a cluster of which a share has the strip and the relevance on it, and images with it and their opacity."""
 
     def pictures(n: int, seed: int) -> Tensor:
-        return (
-            nn.functional.interpolate(scenes(n, seed), scale_factor=scale, mode="bilinear")
-            if scale > 1
-            else scenes(n, seed)
-        )
+        return nn.functional.interpolate(scenes(n, seed), scale_factor=scale, mode="bilinear")
 
     with_it, opacity = strip(pictures(round(share * N), 1), 5, scale)
     images = torch.cat([with_it, pictures(N - len(with_it), 3)])
@@ -76,7 +74,7 @@ def test_a_strip_at_any_angle_is_found_in_other_images(share: float, scale: int)
     assert inside.max() > 0.75
 
 
-def test_it_is_added_at_the_angles_it_was_seen_at_and_survives_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_it_is_added_at_the_angles_it_was_seen_at_and_survives_the_disk(tmp_path: Path) -> None:
     evidence, _, _ = world(1.0)
     found = isolate_turned(evidence)
     assert found is not None

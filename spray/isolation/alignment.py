@@ -60,7 +60,7 @@ class Matching:
     def _spectrum(self, x: Tensor) -> Tensor:
         return torch.fft.rfft2(x, s=self.size)
 
-    def only(self, which: slice | Tensor) -> Matching:
+    def only(self, which: slice) -> Matching:
         """Return what some of the images are matched with."""
         some = copy(self)
         some.spectra, some.squares = self.spectra[which], self.squares[which]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spray.isolation.alignment import congeal, shifted
 from spray.isolation.artifact import ARTIFACTS, Artifact, smaller
-from spray.isolation.candidate import relevance_gain, salient
+from spray.isolation.candidate import salient
 from spray.isolation.changed import smoothed
 from spray.isolation.evidence import Evidence
 from spray.isolation.statistics import quartiles, statistics
@@ -88,7 +88,7 @@ def isolate_blended(evidence: Evidence) -> Blended | None:
     """Isolate what is blended into the images at about the same place, sharp enough to be aligned by its edges."""
     images, others = evidence.images, evidence.other_images
     radius = max(1, round(min(images.shape[2:]) / 10))
-    region = salient(relevance_gain(evidence.relevance, evidence.other_relevance))
+    region = salient(evidence.gain)
     if not region.any():
         return None
     around = torch.from_numpy(ndimage.binary_dilation(region.numpy(), iterations=radius)).float()

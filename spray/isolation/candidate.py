@@ -129,9 +129,7 @@ def find_common(
     gain = relevance_gain(
         shifted(relevance[:, None], shift, radius)[:, 0], shifted(other_relevance[:, None], other_shift, radius)[:, 0]
     )
-    spread = differences(shifted(images, shift, radius), pattern, CARRIED)
-    distance = differences(shifted(other_images, other_shift, radius), pattern, 0.5)
-    constant = (distance > VISIBLE) & (spread < CONSISTENT * distance)
+    constant, distance = shared(shifted(images, shift, radius), shifted(other_images, other_shift, radius), pattern)
     region = salient(gain) if (gain > 0).any() else region
     return Common(region, gain, pattern, shift, constant, distance, radius)
 
@@ -147,7 +145,13 @@ def _align(images: Tensor, other_images: Tensor, around: Tensor, radius: int) ->
     return pattern, shift, (other_shift * factor).clamp(-radius, radius)
 
 
-def differences(images: Tensor, pattern: Tensor, share: float) -> Tensor:
+def shared(images: Tensor, other_images: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where (H, W) aligned images hardly differ from a pattern, while others do, and by how much these do."""
+    spread, distance = _differences(images, pattern, CARRIED), _differences(other_images, pattern, 0.5)
+    return (distance > VISIBLE) & (spread < CONSISTENT * distance), distance
+
+
+def _differences(images: Tensor, pattern: Tensor, share: float) -> Tensor:
     """Return by how much (H, W) a share of the images differ from the pattern at most, averaged over channels."""
     differences = (images - pattern).abs().mean(dim=1)
     return differences.kthvalue(max(1, round(share * len(images))), dim=0).values

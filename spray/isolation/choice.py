@@ -97,6 +97,8 @@ and the others 0.77 or more."""
 MORE_ALIKE = 0.4
 """The same for a change of the whole image and for pixels of one colour: light, contrast and colour are much of what
 natural kinds differ in."""
+MOST_LEFT = dict.fromkeys((*WHOLE, "colored"), MORE_ALIKE) | {"turned": HALF_ALIKE}
+"""Of the isolators for which it is not `ALIKE`."""
 HARDLY_APART = 0.4
 """The same for cut-outs that make the rest only somewhat like the cluster; of natural kinds they left 0.53 and more.
 
@@ -178,10 +180,9 @@ class Trial:
     @property
     def accounts(self) -> bool:
         """Whether the artifact, with content of its own, is all that tells the cluster's samples from the rest."""
-        most = (
-            MORE_ALIKE if self.isolator in (*WHOLE, "colored") else HALF_ALIKE if self.isolator == "turned" else ALIKE
+        alike = (
+            self.apart >= APART and self.left <= MOST_LEFT.get(self.isolator, ALIKE) and self.separation >= SEPARATED
         )
-        alike = self.apart >= APART and self.left <= most and self.separation >= SEPARATED
         # Cut-outs of natural images hold what makes these, but do not make others like them.
         least = LIKE_SOME if self.left <= HARDLY_APART else LIKE_ENOUGH
         like = self.explains and (self.artifact.constant or self.likeness >= least) and self.explained >= CLOSER

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from spray.isolation.artifact import Artifact
-from spray.isolation.candidate import Common, find_common
+from spray.isolation.candidate import Common, find_common, relevance_gain
 from spray.isolation.statistics import discriminant, quartiles, statistics
 
 
@@ -35,6 +35,11 @@ class Evidence:
         """Return every second sample, from the first (0) or second (1) on."""
         images, maps, others, other_maps = self.images, self.relevance, self.other_images, self.other_relevance
         return Evidence(images[which::2], maps[which::2], others[which::2], other_maps[which::2])
+
+    @cached_property
+    def gain(self) -> Tensor:
+        """How much more relevance the cluster has at each pixel, (H, W), see `relevance_gain`."""
+        return relevance_gain(self.relevance, self.other_relevance)
 
     @cached_property
     def _common(self) -> Common | None:

@@ -331,5 +331,4 @@ def inner_features(model: nn.Module, layers: list[str], x: Tensor) -> Tensor:
         for name in layers:
             stack.enter_context(changed(model, name, looking(name)))
         model(x)
-    parts = [part for name in seen for part in seen[name]]
-    return torch.cat([part.float().cpu() for part in parts], dim=1)
+    return torch.cat([part.float().cpu() for parts in seen.values() for part in parts], dim=1)

@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from spray.isolation.artifact import ARTIFACTS, Artifact
-from spray.isolation.candidate import LARGEST, relevance_gain, salient
+from spray.isolation.candidate import LARGEST, salient
 from spray.isolation.evidence import Evidence
 from spray.isolation.statistics import discriminant
 
@@ -240,7 +240,7 @@ def isolate_colored(evidence: Evidence) -> Colored | None:
 
 def isolate_uncolored(evidence: Evidence) -> Colored | None:
     """Isolate shapes that have one colour inside each sample, another one in each, at a place of more relevance."""
-    gain = relevance_gain(evidence.relevance, evidence.other_relevance)
+    gain = evidence.gain
     region = salient(gain)
     if not region.any():
         return None

@@ -38,11 +38,8 @@ def frequencies(n_bands: int = BANDS) -> Tensor:
 
 
 def quantiles(values: Tensor, shares: Sequence[float], dim: int) -> Tensor:
-    """Return quantiles as `torch.quantile` does, (len(shares), ...), of values on the CPU, many times as fast.
-
-    NumPy sorts by vector instructions, if what is sorted lies in one piece.
-    """
-    rows = np.sort(np.ascontiguousarray(values.movedim(dim, -1).numpy()), axis=-1)
+    """Return quantiles as `torch.quantile` does, (len(shares), ...), of values on the CPU, many times as fast."""
+    rows = _sorted(values, dim)
     rank = torch.tensor(shares).to(values) * (rows.shape[-1] - 1)
     low, high = (torch.from_numpy(rows[..., end.long().numpy()]).movedim(-1, 0) for end in (rank.floor(), rank.ceil()))
     return torch.lerp(low, high, (rank - rank.floor()).reshape(-1, *[1] * (low.dim() - 1)))
@@ -52,8 +49,16 @@ def median(values: Tensor, dim: int) -> Tensor:
     """Return the median as `torch.median` does, the lower of two in the middle; on the CPU faster."""
     if values.device.type != "cpu":
         return values.median(dim=dim).values
-    rows = np.sort(np.ascontiguousarray(values.movedim(dim, -1).numpy()), axis=-1)
+    rows = _sorted(values, dim)
     return torch.from_numpy(rows[..., (rows.shape[-1] - 1) // 2].copy())
+
+
+def _sorted(values: Tensor, dim: int) -> np.ndarray:
+    """Return values sorted along a dimension, the last one then.
+
+    NumPy does that by vector instructions, if what is sorted lies in one piece.
+    """
+    return np.sort(np.ascontiguousarray(values.movedim(dim, -1).numpy()), axis=-1)
 
 
 def quartiles(images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spray.isolation.alignment import Matching, around, shifted
 from spray.isolation.artifact import ARTIFACTS, Artifact, moved_masks, smaller
-from spray.isolation.candidate import CARRIED, CONSISTENT, SMALLEST, VISIBLE, differences, relevance_gain, salient
+from spray.isolation.candidate import SMALLEST, VISIBLE, salient, shared
 from spray.isolation.evidence import Evidence
 from spray.isolation.statistics import median
 
@@ -168,7 +168,7 @@ def isolate_turned(evidence: Evidence) -> Turned | None:
         pattern = median(close, dim=0)
         if before is not None and all(map(torch.equal, before[1:], found[1:])):
             break
-    mask = inside.disc * _shared(close, outside.aligned(*outside.closest(pattern)), pattern)
+    mask = inside.disc * shared(close, outside.aligned(*outside.closest(pattern)), pattern)[0]
     for size in (1, factor):
         if mask.sum() < SMALLEST:
             return None
@@ -192,7 +192,7 @@ def isolate_turned(evidence: Evidence) -> Turned | None:
 
 def _place(evidence: Evidence) -> tuple[Tensor, int]:
     """Return the middle (row, column) of where the cluster has most relevance more than the rest, and its reach."""
-    gain = relevance_gain(evidence.relevance, evidence.other_relevance)
+    gain = evidence.gain
     labelled, n = ndimage.label(salient(gain).numpy())
     if not n:
         return torch.tensor(gain.shape) // 2, 1
@@ -219,7 +219,7 @@ class Windows:
         self.least = images.shape[1] * VISIBLE**2
         self.variance = self.images[:, :, self.disc > 0].var(dim=2, correction=0).sum(dim=1) + self.least
 
-    def __getitem__(self, which: slice | Tensor) -> Windows:
+    def __getitem__(self, which: slice) -> Windows:
         some = copy(self)
         some.full, some.images, some.variance = self.full[which], self.images[which], self.variance[which]
         some.matching = self.matching.only(which)
@@ -254,12 +254,6 @@ def _best_of(found: list[tuple[Tensor, Tensor]], angles: Tensor) -> Found:
     value, shift = (torch.stack(each) for each in zip(*found, strict=True))
     best, image = value.argmin(dim=0), torch.arange(value.shape[1])
     return value[best, image], shift[best, image], angles[best]
-
-
-def _shared(images: Tensor, others: Tensor, pattern: Tensor) -> Tensor:
-    """Return where (H, W) aligned images hardly differ from the pattern, while others do."""
-    spread, distance = differences(images, pattern, CARRIED), differences(others, pattern, 0.5)
-    return ((distance > VISIBLE) & (spread < CONSISTENT * distance)).float()
 
 
 def _matted(images: Tensor, others: Tensor, core: Tensor, margin: int) -> tuple[Tensor, Tensor]:
