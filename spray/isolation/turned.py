@@ -83,40 +83,39 @@ class Turned(Artifact):
         """Return where each image has the least contrast to the pattern, see `Views`, at the first few angles."""
         small, factor = smaller(images)
         mask, pattern = smaller(self.mask[None, None])[0][0, 0], smaller(self.pattern[None])[0][0]
-        views = Views(mask, pattern, (self.center + 0.5) / factor - 0.5)
-        contrast, shift, angle = views.closest(Matching(small, views.reach, -(-self.radius // factor)), n_angles)
+        views = Views(mask, pattern, (self.center + 0.5) / factor - 0.5, n_angles)
+        contrast, shift, angle = views.closest(Matching(small, views.reach, -(-self.radius // factor)))
         return contrast, (shift * factor).clamp(-self.radius, self.radius), angle
 
 
 class Views:
-    """A pattern (C, H, W) turned by every angle, with its mask (H, W) and a ring around that.
+    """A pattern (C, H, W) turned by the first few angles, with its mask (H, W) and a ring around that.
 
     What has one colour all over matches wherever an image has that colour. What ends where the pattern ends does not
     match the pattern's edge, continued, in the ring. So that the distance inside the mask is taken as a share of that
     in the ring; its logarithm is the contrast.
     """
 
-    def __init__(self, mask: Tensor, pattern: Tensor, center: Tensor) -> None:
-        self.angles = every_angle()
+    def __init__(self, mask: Tensor, pattern: Tensor, center: Tensor, n_angles: int = ANGLES) -> None:
+        self.angles = every_angle()[:n_angles]
         ring = ndimage.binary_dilation(mask.numpy() > 0, iterations=RING) & (mask.numpy() == 0)
 
         def all_around(x: Tensor, beyond: str) -> Tensor:
-            return turned(x.expand(ANGLES, -1, -1, -1), self.angles, center, beyond)
+            return turned(x.expand(n_angles, -1, -1, -1), self.angles, center, beyond)
 
         self.masks = all_around(mask[None], "zeros")[:, 0]
         self.rings = all_around(torch.from_numpy(ring).to(mask)[None], "zeros")[:, 0]
         self.patterns = all_around(pattern, "border")
         self.reach = torch.maximum(self.masks, self.rings).amax(dim=0)
 
-    def closest(self, matching: Matching, n_angles: int = ANGLES) -> Found:
-        """Return where each image has the least contrast, at the first few angles."""
+    def closest(self, matching: Matching) -> Found:
+        """Return where each image has the least contrast."""
         found = []
         least = self.patterns.shape[1] * VISIBLE**2
-        for k in range(n_angles):
+        for pattern, mask, ring in zip(self.patterns, self.masks, self.rings, strict=True):
             # Of a ring that is out of sight there is no distance, and no end of the pattern to be seen.
             inside, outside = (
-                matching.within(part).distances(self.patterns[k]).clamp_min(0).nan_to_num(0)
-                for part in (self.masks[k], self.rings[k])
+                matching.within(part).distances(pattern).clamp_min(0).nan_to_num(0) for part in (mask, ring)
             )
             found.append(matching.least(((inside + least) / (outside + least)).log()))
         return _best_of(found, self.angles)
