@@ -17,7 +17,8 @@ from spray.isolation.growing import Scorer
 class Candidate:
     """An isolated candidate and what was measured on it.
 
-    `ranked` says whether the ranking finds its cluster unusual, `unusual` whether that or its artifact does.
+    `samples` are those of its class whose score is above `threshold`, of the ones in `own_scores`; `ranked` says
+    whether the ranking finds its cluster unusual, `unusual` whether that or its artifact does.
     """
 
     class_index: int
@@ -25,6 +26,7 @@ class Candidate:
     artifact: Artifact
     samples: np.ndarray
     own_scores: dict[int, float]
+    threshold: float
     first: Scorer
     second: Scorer
     trials: list[Trial]

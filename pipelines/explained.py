@@ -48,7 +48,7 @@ def explained(
     cores = torch.get_num_threads()
     room = int(MEMORY / (IMAGES * 4 * np.prod(explainer.context.train.image_shape)))
     threads = max(1, min(cores, len(classes), room))
-    explainer.prepare()
+    explainer.samples.prepare()
     counting = Lock()
 
     def of_class(part: Sequence[tuple[dict[str, Any], np.ndarray]]) -> list[Candidate]:
@@ -72,6 +72,6 @@ def explained(
             return [candidate for future in futures for candidate in future.result()]
         except BaseException:
             # Told to stop, or one class failed: the others end at the next thing that they ask of the model.
-            explainer.stop.set()
+            explainer.samples.stop.set()
             pool.shutdown(cancel_futures=True)
             raise

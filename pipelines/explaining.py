@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spray.correction.layers import candidates
+from spray.data.base import ImageDataset
 from spray.figures import fitted
 from spray.isolation.artifact import Artifact
 from spray.isolation.causal import measure_effect, sample_bias, shows
@@ -30,44 +28,31 @@ from spray.isolation.choice import (
     tried,
 )
 from spray.isolation.evidence import Evidence
-from spray.isolation.growing import FEWEST, FREE, MOST, boundary, grow, inner_features, recognize
+from spray.isolation.growing import FEWEST, FREE, MOST, boundary, grow, recognize
 from spray.isolation.matching import alike
 from spray.isolation.matted import Colored
-from spray.isolation.statistics import statistics
 from spray.isolation.subgroups import subgroups
-from spray.models.memory_format import channels_last
 from spray.pipelines.candidates import Attempt, Candidate, Recognized, Start
 from spray.pipelines.clusters import jaccard
 from spray.pipelines.context import Context
+from spray.pipelines.samples import AT_ONCE, Members, Samples, match, some, together
 from spray.store.reading import Rows
 from spray.training import batches
 
-AT_ONCE = 256
-"""Images that are put through the model at once for their features."""
-NULL = 600
-"""Training images of other classes that scores are fitted against."""
 TRIED = 150
 """Training images of other classes that explanations are tried on; the proof is made on others."""
 ADDED = 250
 """Samples without an artifact that it is added to, to learn how to recognize it."""
 LISTED = 4
 """Candidates that can have no verdict, whatever their effect, are tested on an n-th of the images."""
-GROWN = 3000
-"""Most samples of a class that a cluster is grown among; all get their score in the end."""
-EXACT = 0.02
-"""By how much a match may fall short and still be one to rounding."""
+HELD_OUT = 20
+"""Fewest test images of a class with what was isolated, and without, for it to be removed from them."""
 RAW = 16
 """Fewest samples of a cluster that are looked at as they are ..."""
 SAME = 0.8
 """... unless it grew to samples of which so many are the same (Jaccard index)."""
 LOOKS = 2
 """Most times that samples are looked at again which an artifact was recognized in."""
-FEATURES = 4096
-"""Most inner activations that are looked at; of a model with more the first layers are left out."""
-
-
-class StoppedError(Exception):
-    """Another thread has failed, or was told to stop."""
 
 
 class Explainer:
@@ -83,44 +68,13 @@ class Explainer:
 
     def __init__(self, context: Context, relevance: Rows) -> None:
         self.context, self.relevance = context, relevance
-        self.labels = np.asarray(context.train.labels)
-        self.model = channels_last(context.model, context.trial_images(2))
-        self.stop = threading.Event()
-        self._of_class: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
-
-    def prepare(self) -> None:
-        """Compute what all threads share, before there are several."""
-        self._others(0)
+        self.samples = Samples(context)
 
     def another(self) -> Explainer:
-        """Return one for another thread, with a model of its own: to look into its layers changes it for the time."""
+        """Return one for another thread."""
         found = copy.copy(self)
-        found.model = copy.deepcopy(self.model)
+        found.samples = self.samples.another()
         return found
-
-    @cached_property
-    def layers(self) -> list[str]:
-        """The inner layers whose activations are looked at: the last ones that are not too many."""
-        names = candidates(self.model, self.context.trial_images(4))
-        x = self.context.trial_images(1)
-        for start in range(len(names)):
-            if inner_features(self.model, names[start:], x).shape[1] <= FEATURES:
-                return names[start:]
-        return names[-1:]
-
-    @cached_property
-    def n_statistics(self) -> int:
-        """How many of the features, the last ones, are statistics of the image alone."""
-        return statistics(self.context.train.batch(np.arange(1))).shape[1]
-
-    def features(self, pixels: Tensor) -> np.ndarray:
-        """Return what scores are made of, float64 (n, d), of pixels (n, C, H, W)."""
-        parts = []
-        for part in pixels.split(AT_ONCE):
-            self._go_on()
-            inner = inner_features(self.model, self.layers, self.context.normalizer(part, self.context.device))
-            parts.append(torch.cat([inner, statistics(part)], dim=1))
-        return torch.cat(parts).double().numpy()
 
     def explain(
         self, cluster: str, c: int, members: np.ndarray, unusual: bool, repeated: bool = False
@@ -133,7 +87,8 @@ class Explainer:
         """
         options, seed = self.context.config.isolate, self.context.config.seed
         rng = np.random.default_rng([seed, c, len(members)])
-        of_class, features, right = self._class(c)
+        own = self.samples.of_class(c)
+        of_class = own.indices
         member = np.isin(of_class, members)
         if min(member.sum(), (~member).sum()) < FEWEST:
             return None
@@ -148,35 +103,54 @@ class Explainer:
             return None
         best = max(attempts, key=_worth)
         artifact = refitted(best.trials[0], best.evidence)
-        found = self._recognized(artifact, best.start, of_class, features, c)
+        found = self._recognized(artifact, best.start, own, c)
         better = self._looked_again(best, found, c, rng)
         if better is not None and (best.trials[0].accounts or _worth(better) > _worth(best)):
             best = better
             artifact = refitted(best.trials[0], best.evidence)
-            found = self._recognized(artifact, best.start, of_class, features, c)
-        trials, evidence, carries = best.trials, best.evidence, best.start.carries
+            found = self._recognized(artifact, best.start, own, c)
+        trials, evidence = best.trials, best.evidence
         unusual = unusual or (repeated and artifact.constant)
-        carries = _sensible(found.carries, carries)
+        carries = _sensible(found.carries, best.start.carries)
+        threshold = found.second.threshold if carries is found.carries else _halfway(found.scores, carries)
+        held = self.samples.held_out(c)
+        held_carries = self._held_out_scores(artifact, found, c) > threshold
+        held_out = bool(min(held_carries.sum(), (~held_carries).sum()) >= HELD_OUT)
         test, others = self.context.test, np.flatnonzero(self.context.test.labels != c)
         # Cut-outs may show what makes the class; against those of other classes they would pass for an artifact.
-        content = self._others(c)[0] if trials[0].accounts and artifact.constant else of_class[~carries]
+        content = self.samples.others(c)[0] if trials[0].accounts and artifact.constant else of_class[~carries]
         proof = unusual or trials[0].unnatural_in(float(carries.mean()))
         n_tested, n_samples = (n if proof else -(-n // LISTED) for n in (options.n_tested, options.n_samples))
+        # Test images seldom carry what was planted in training images alone.
+        images, indices, with_it = (
+            (test, held.indices, held_carries) if held_out else (self.context.train, of_class, carries)
+        )
         effect = measure_effect(
-            self._predict,
+            self.samples.predict,
             artifact,
             c,
-            test.batch(_some(others, n_tested, rng)),
-            self.context.train.batch(_some(of_class[carries], n_samples, rng)),
-            self.context.train.batch(_some(of_class[~carries], n_samples, rng)),
+            test.batch(some(others, n_tested, rng)),
+            images.batch(some(indices[with_it], n_samples, rng)),
+            images.batch(some(indices[~with_it], n_samples, rng)),
             seed,
             natural_changes(trials[0], evidence, seed),
-            self.context.train.batch(_some(content, n_samples, rng)),
+            self.context.train.batch(some(content, n_samples, rng)),
         )
-        own = dict(zip(of_class.tolist(), found.scores.tolist(), strict=True))
-        bias = sample_bias(found.scores, carries, right)
-        scorers = found.scorer, found.second
-        return Candidate(c, cluster, artifact, of_class[carries], own, *scorers, trials, effect, bias, proof, unusual)
+        return Candidate(
+            c,
+            cluster,
+            artifact,
+            samples=of_class[carries],
+            own_scores=dict(zip(of_class.tolist(), found.scores.tolist(), strict=True)),
+            threshold=threshold,
+            first=found.scorer,
+            second=found.second,
+            trials=trials,
+            effect=replace(effect, removal_held_out=held_out),
+            bias=sample_bias(found.scores, carries, own.right, (held_carries, held.right) if held_out else None),
+            unusual=proof,
+            ranked=unusual,
+        )
 
     def _starts(self, member: np.ndarray, c: int) -> list[Start]:
         """Return what an artifact is isolated from: the cluster grown and, where that is something else, as it is.
@@ -184,7 +158,7 @@ class Explainer:
         A cluster knows little of its samples but may be pure; grown by what the model sees of them it has more that
         carry the artifact, and often others that look like them.
         """
-        features, null, seed = self._class(c)[1], self._others(c)[1], self.context.config.seed
+        features, null, seed = self.samples.of_class(c).features, self.samples.others(c)[1], self.context.config.seed
         scorer, scores, carries = grow(features, member, null, seed)
         starts = [Start(scorer, scores, _sensible(carries, member))]
         if member.sum() >= RAW and not _alike(member, starts[0].carries):
@@ -207,9 +181,8 @@ class Explainer:
         if not found:
             return []
         trial, attempt = max(found, key=lambda each: each[0].separation)
-        of_class, features, _ = self._class(c)
         artifact = isolate_near(attempt.evidence) or refitted(trial, attempt.evidence)
-        start = self._recognized(artifact, attempt.start, of_class, features, c)
+        start = self._recognized(artifact, attempt.start, self.samples.of_class(c), c)
         few, before = start.carries.sum() < RAW, attempt.start.carries
         if few or (~start.carries).sum() < RAW or _alike(start.carries, before):
             return []
@@ -225,10 +198,9 @@ class Explainer:
         whole = lead.isolator in WHOLE
         if (lead.accounts and lead.left <= CONFIRMED) or (whole and lead.likeness < RESEMBLES):
             return None
-        of_class, features, _ = self._class(c)
         for look in range(LOOKS):
             if look:
-                found = self._recognized(refitted(lead, best.evidence), best.start, of_class, features, c)
+                found = self._recognized(refitted(lead, best.evidence), best.start, self.samples.of_class(c), c)
             few = min(found.carries.sum(), (~found.carries).sum()) < RAW
             if few or _alike(found.carries, best.start.carries):
                 return None
@@ -252,54 +224,53 @@ class Explainer:
         matched: bool = False,
     ) -> Attempt:
         """Try to explain what some samples of a class share, by what the rest or its `matched` part has not."""
-        (of_class, features, _), most = self._class(c), self.context.config.isolate.n_samples
+        samples, most, seed = self.samples, self.context.config.isolate.n_samples, self.context.config.seed
+        of_class, features = samples.of_class(c).indices, samples.of_class(c).features
         inside, outside = np.flatnonzero(start.carries), np.flatnonzero(~start.carries)
         if matched:
-            rows = features[:, -self.n_statistics :]
+            rows = features[:, -self.samples.n_statistics :]
             outside = outside[alike(rows[inside], rows[outside])]
-        inside, outside = (_some(each, most, rng) for each in (inside, outside))
+        inside, outside = (some(each, most, rng) for each in (inside, outside))
         evidence = self._evidence(of_class[inside], of_class[outside])
-        others = self.context.train.batch(self._others(c)[0][:TRIED])
-        seed = self.context.config.seed
+        others = self.context.train.batch(samples.others(c)[0][:TRIED])
         known = features[inside], features[outside]
-        trials = tried(evidence, c, self.features, start.scorer, self._predict, others, seed, unusual, names, known)
+        asked = c, samples.features, start.scorer, samples.predict
+        trials = tried(evidence, *asked, others, seed, unusual, names, known)
         return Attempt(start, evidence, trials)
 
-    def _recognized(
-        self, artifact: Artifact, start: Start, of_class: np.ndarray, features: np.ndarray, c: int
-    ) -> Recognized:
+    def _recognized(self, artifact: Artifact, start: Start, own: Members, c: int) -> Recognized:
         """Return what recognizes an artifact: a score of features, and one of that and of the match.
 
         Learnt from images that it is added to; from the cluster itself where it can't be added, having no content.
         Of the others those that match it, too, may be no examples of images without it: a cluster is seldom complete.
         """
+        of_class, features, seed = own.indices, own.features, self.context.config.seed
         first, scores, carries = start.scorer, start.scores, start.carries
-        seed = self.context.config.seed
-        null, null_features = self._others(c)
-        matches, null_matches = (self._matches(artifact, indices) for indices in (of_class, null))
+        null, null_features = self.samples.others(c)
+        matches, null_matches = (self.samples.matches(artifact, indices) for indices in (of_class, null))
         if not shows(artifact):
             seen, null_seen = (
-                _together(artifact, *part) for part in ((scores, matches), (first(null_features), null_matches))
+                together(artifact, *part) for part in ((scores, matches), (first(null_features), null_matches))
             )
             second, scores, _ = grow(seen, carries, null_seen, seed, FREE)
             return Recognized(first, scores, scores > second.threshold, second)
         rng = np.random.default_rng([seed, c, 12])
-        origin = _some(np.flatnonzero(~carries), ADDED, rng)
+        origin = some(np.flatnonzero(~carries), ADDED, rng)
         pixels = artifact.insert(self.context.train.batch(of_class[origin]), rng.integers(0, 2**31, len(origin)))
-        added_matches = _match(artifact, pixels)
+        added_matches = match(artifact, pixels)
         left_out, kept = carries, np.ones(len(origin), dtype=bool)
         if artifact.exact or isinstance(artifact, Colored):  # other scores are classifiers of the very same samples
             doubted = carries | (matches > boundary(matches, added_matches, carries))
             if doubted.mean() <= MOST and (~doubted[origin]).sum() >= RAW:
                 left_out, kept = doubted, ~doubted[origin]
         origin, pixels, added_matches = origin[kept], pixels[torch.from_numpy(kept)], added_matches[kept]
-        first, scores, added = recognize(features, left_out, self.features(pixels), origin, null_features, seed)
+        first, scores, added = recognize(features, left_out, self.samples.features(pixels), origin, null_features, seed)
         second, scores, _ = recognize(
-            _together(artifact, scores, matches),
+            together(artifact, scores, matches),
             left_out,
-            _together(artifact, added, added_matches),
+            together(artifact, added, added_matches),
             origin,
-            _together(artifact, first(null_features), null_matches),
+            together(artifact, first(null_features), null_matches),
             seed,
             FREE,
         )
@@ -307,49 +278,40 @@ class Explainer:
 
     def groups(self, c: int, most: int) -> list[np.ndarray]:
         """Return groups of a class's samples that the model's inner activations show, see `subgroups`."""
-        of_class, features, _ = self._class(c)
-        return [of_class[member] for member in subgroups(features, self._others(c)[1], self.context.config.seed, most)]
+        own, null = self.samples.of_class(c), self.samples.others(c)[1]
+        return [own.indices[member] for member in subgroups(own.features, null, self.context.config.seed, most)]
 
     def scores(self, found: Sequence[Candidate]) -> np.ndarray:
         """Return each candidate's score of every training sample, float32 (candidates, N).
 
         Samples that it was fitted on get the score of the fit without them.
         """
-        n = len(self.labels)
-        result = np.zeros((len(found), n), dtype=np.float32)
-        for part in batches(n, 4 * AT_ONCE) if found else ():
-            pixels = self.context.train.batch(part)
-            features = self.features(pixels)
-            for row, candidate in zip(result, found, strict=True):
-                artifact = candidate.artifact
-                row[part] = candidate.second(_together(artifact, candidate.first(features), _match(artifact, pixels)))
+        result = self._scores_of(self.context.train, found)
         for row, candidate in zip(result, found, strict=True):
             row[list(candidate.own_scores)] = list(candidate.own_scores.values())
         return result
 
-    def _class(self, c: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return samples of a class, their features, and which the model gets right; the last class's are kept."""
-        if self._of_class is None or self._of_class[0] != c:
-            rng = np.random.default_rng([self.context.config.seed, c, 8])
-            indices = _some(np.flatnonzero(self.labels == c), GROWN, rng)
-            parts = []
-            for part in batches(len(indices), AT_ONCE):
-                pixels = self.context.train.batch(indices[part])
-                parts.append((self.features(pixels), self._predict(pixels).argmax(dim=1).numpy() == c))
-            features, right = (np.concatenate(each) for each in zip(*parts, strict=True))
-            self._of_class = c, indices, features, right
-        return self._of_class[1:]
+    def test_scores(self, found: Sequence[Candidate]) -> np.ndarray:
+        """Return each candidate's score of every test image, float32 (candidates, n)."""
+        return self._scores_of(self.context.test, found)
 
-    @cached_property
-    def _drawn(self) -> tuple[np.ndarray, np.ndarray]:
-        """Some training samples of all classes, in random order, and their features."""
-        drawn = np.random.default_rng([self.context.config.seed, 9]).permutation(len(self.labels))[: 2 * NULL]
-        return drawn, self.features(self.context.train.batch(drawn))
+    def _held_out_scores(self, artifact: Artifact, found: Recognized, c: int) -> np.ndarray:
+        """Return the score (n,) of test images of a class for what was recognized in its training images."""
+        held = self.samples.held_out(c)
+        if not len(held.indices):
+            return np.empty(0)
+        matches = self.samples.matches(artifact, held.indices, self.context.test)
+        return found.second(together(artifact, found.scorer(held.features), matches))
 
-    def _others(self, c: int) -> tuple[np.ndarray, np.ndarray]:
-        indices, features = self._drawn
-        which = np.flatnonzero(self.labels[indices] != c)[:NULL]
-        return indices[which], features[which]
+    def _scores_of(self, images: ImageDataset, found: Sequence[Candidate]) -> np.ndarray:
+        result = np.zeros((len(found), len(images)), dtype=np.float32)
+        for part in batches(len(images), 4 * AT_ONCE) if found else ():
+            pixels = images.batch(part)
+            features = self.samples.features(pixels)
+            for row, candidate in zip(result, found, strict=True):
+                artifact = candidate.artifact
+                row[part] = candidate.second(together(artifact, candidate.first(features), match(artifact, pixels)))
+        return result
 
     def _evidence(self, inside: np.ndarray, outside: np.ndarray) -> Evidence:
         batch = self.context.train.batch
@@ -360,48 +322,20 @@ class Explainer:
         maps = self.relevance[indices].astype(np.float32).sum(axis=1)
         return torch.from_numpy(fitted(maps, self.context.train.image_shape[1:]))
 
-    def _matches(self, artifact: Artifact, indices: np.ndarray) -> np.ndarray:
-        parts = (self.context.train.batch(indices[part]) for part in batches(len(indices), 4 * AT_ONCE))
-        return np.concatenate([_match(artifact, part) for part in parts])
-
-    def _go_on(self) -> None:
-        """Raise `StoppedError` if another thread has asked all to stop, which share the event."""
-        if self.stop.is_set():
-            raise StoppedError
-
-    def _predict(self, pixels: Tensor) -> Tensor:
-        self._go_on()
-        return self.context.predict_pixels(self.model, pixels)
-
 
 def _worth(attempt: Attempt) -> tuple[bool, float]:
     """Return what attempts are compared by."""
     return attempt.trials[0].unnatural, attempt.trials[0].evidence
 
 
-def _match(artifact: Artifact, pixels: Tensor) -> np.ndarray:
-    """Return how well images match an artifact; what is beyond its samples or the rest counts no more than they do."""
-    return np.asarray(artifact.score(pixels).clamp(-1, 2).double().numpy())
-
-
-def _together(artifact: Artifact, scores: np.ndarray, matches: np.ndarray) -> np.ndarray:
-    """Return what samples are told by, (n, 2 or 3): a score of features, the match, and how nearly exact that is.
-
-    The same piece of an image matches exactly, to rounding, and much else does half: a logarithm tells these apart.
-    """
-    columns = [scores, matches]
-    if artifact.exact:
-        columns.append(np.log(EXACT) - np.log((1 - matches).clip(0) + EXACT))
-    return np.stack(columns, axis=1)
-
-
-def _some(indices: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    return np.sort(rng.permutation(indices)[:most])
-
-
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:
     """Return whether two sets of samples, as masks, are almost the same."""
     return jaccard(np.flatnonzero(one), np.flatnonzero(other)) >= SAME
+
+
+def _halfway(scores: np.ndarray, carries: np.ndarray) -> float:
+    """Return the score halfway between what samples with and without an artifact typically have."""
+    return float(np.median(scores[carries]) + np.median(scores[~carries])) / 2
 
 
 def _sensible(grown: np.ndarray, before: np.ndarray) -> np.ndarray:

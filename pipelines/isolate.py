@@ -6,6 +6,7 @@ import csv
 import io
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ MORE = (
     "removal_cost_interval",
     "elsewhere_flip_rate",
     "removal_cost_elsewhere",
+    "n_removed",
+    "removal_held_out",
 )
 """What else of an effect is written, under its own names."""
 
@@ -51,11 +54,12 @@ def run(context: Context) -> dict[str, Any]:
             candidates = explained(explainer, clusters, partial(_unusual, context), count)
         _judge(candidates)
         candidates = sorted(_distinct(candidates), key=lambda c: c.strength, reverse=True)
+        scores = explainer.scores(candidates), explainer.test_scores(candidates)
         rows = []
-        for number, (candidate, scores) in enumerate(
-            zip(candidates, explainer.scores(candidates), strict=True), start=1
-        ):
-            rows.append(_write(context, attributions.attribution, f"a{number:02d}", candidate, scores))
+        for number, (candidate, everywhere, of_test) in enumerate(zip(candidates, *scores, strict=True), start=1):
+            candidate.samples = _completed(candidate, everywhere, np.asarray(context.train.labels))
+            name = f"a{number:02d}"
+            rows.append(_write(context, attributions.attribution, name, candidate, everywhere, of_test))
     write_json(context.run_dir / "artifacts.json", {"artifacts": rows})
     found = [row for row in rows if row["verdict"] != "no_effect"]
     for row in found:
@@ -164,16 +168,29 @@ def _distinct(candidates: list[Candidate]) -> list[Candidate]:
     return kept
 
 
+def _completed(candidate: Candidate, everywhere: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return a candidate's samples with those of its class that were not among the ones it was grown among."""
+    further = (labels == candidate.class_index) & (everywhere > candidate.threshold)
+    further[list(candidate.own_scores)] = False
+    return np.union1d(candidate.samples, np.flatnonzero(further))
+
+
+def _write_scores(path: Path, name: str, scores: np.ndarray) -> None:
+    """Write a table of images, by an index of that name, and their scores."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([name, "score"])
+    writer.writerows((i, f"{score:.6f}") for i, score in enumerate(scores))
+    write_text(path, table.getvalue())
+
+
 def _write(
-    context: Context, relevance: Rows, name: str, candidate: Candidate, everywhere: np.ndarray
+    context: Context, relevance: Rows, name: str, candidate: Candidate, everywhere: np.ndarray, of_test: np.ndarray
 ) -> dict[str, Any]:
     """Write a candidate's folder and return its row of `artifacts.json`."""
     folder = context.run_dir / "artifacts" / name
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["sample_index", "score"])
-    writer.writerows((i, f"{score:.6f}") for i, score in enumerate(everywhere))
-    write_text(folder / "scores.csv", table.getvalue())
+    _write_scores(folder / "scores.csv", "sample_index", everywhere)
+    _write_scores(folder / "test_scores.csv", "test_index", of_test)
     save_artifact(folder / "artifact.npz", candidate.artifact)
     best = candidate.samples[np.argsort(-everywhere[candidate.samples], kind="stable")]
     for file, picture in artifact_pictures(context, candidate.artifact, relevance, best).items():
@@ -193,6 +210,8 @@ def _write(
         "mask": f"artifacts/{name}/mask.png",
         "pattern": f"artifacts/{name}/pattern.png",
         "scores": f"artifacts/{name}/scores.csv",
+        "test_scores": f"artifacts/{name}/test_scores.csv",
+        "score_threshold": candidate.threshold,
         "n_tested": effect["n"],
         "removal_cost": effect["removal_cost"],
         "removal_p_value": candidate.removal_p_value,

@@ -43,9 +43,11 @@ def load_artifact(path: Path) -> Artifact:
 
 
 def load_scores(path: Path) -> np.ndarray:
-    """Return each training sample's score, float64 (N,), from `scores.csv`."""
+    """Return each image's score, float64 (N,), from `scores.csv` or `test_scores.csv`."""
     with path.open(newline="") as file:
-        rows = [(int(row["sample_index"]), float(row["score"])) for row in csv.DictReader(file)]
+        table = csv.reader(file)
+        next(table)
+        rows = [(int(index), float(score)) for index, score in table]
     scores = np.full(len(rows), -np.inf)
     for index, score in rows:
         scores[index] = score
@@ -55,16 +57,18 @@ def load_scores(path: Path) -> np.ndarray:
 def load_findings(run_dir: Path) -> list[tuple[str, Finding]]:
     """Return id and finding of each artifact that passed the causal test, best first."""
     rows: list[dict[str, Any]] = read_json(run_dir / "artifacts.json")["artifacts"]
-    return [
-        (
-            row["id"],
-            Finding(
-                load_artifact(run_dir / "artifacts" / row["id"] / "artifact.npz"),
+    found = []
+    for row in rows:
+        if row["verdict"] in ("clever_hans", "backdoor"):
+            folder = run_dir / "artifacts" / row["id"]
+            known = "test_scores" in row  # not in runs of earlier versions
+            finding = Finding(
+                load_artifact(folder / "artifact.npz"),
                 row["class_index"],
                 np.array(row["samples"], dtype=np.int64),
-                load_scores(run_dir / "artifacts" / row["id"] / "scores.csv"),
-            ),
-        )
-        for row in rows
-        if row["verdict"] in ("clever_hans", "backdoor")
-    ]
+                load_scores(folder / "scores.csv"),
+                row.get("score_threshold"),
+                load_scores(folder / "test_scores.csv") if known else None,
+            )
+            found.append((row["id"], finding))
+    return found

@@ -72,14 +72,10 @@ def planted(context: Context, plant: Plant, samples: np.ndarray) -> Attack:
 
 
 def _carried(context: Context, finding: Finding) -> np.ndarray:
-    """Return which test images carry an isolated artifact: their score is nearer to its samples' than to the rest's."""
-    n = len(context.test)
-    if finding.scores is None or not 0 < len(finding.samples) < len(finding.scores):
-        return np.zeros(n, dtype=bool)
-    rest = np.delete(finding.scores, finding.samples)
-    threshold = (np.median(finding.scores[finding.samples]) + np.median(rest)) / 2
-    parts = [finding.artifact.score(context.test.batch(part)) for part in batches(n, 256)]
-    return torch.cat(parts).numpy() > threshold
+    """Return which test images carry an isolated artifact, by the same score and threshold as its samples."""
+    if finding.test_scores is None or finding.threshold is None:
+        return np.zeros(len(context.test), dtype=bool)
+    return np.asarray(finding.test_scores > finding.threshold)
 
 
 def measure(context: Context, model: nn.Module, logits: Tensor, attack: Attack) -> tuple[dict[str, Any], np.ndarray]:

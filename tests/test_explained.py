@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from spray.pipelines.explained import explained
-from spray.pipelines.explaining import StoppedError
+from spray.pipelines.samples import StoppedError
 
 CLUSTERS = [({"class_index": c, "cluster": str(k)}, np.arange(k)) for c in (3, 1, 2) for k in range(2)]
 
@@ -27,6 +27,7 @@ class Explainer:
         # Kept, so that no two are told by the same address.
         self.made: list[Explainer] = []
         self.context = SimpleNamespace(train=SimpleNamespace(image_shape=(1, 8, 8)))
+        self.samples = self
 
     def prepare(self) -> None:
         assert not self.threads

@@ -14,10 +14,21 @@ from spray.isolation.evidence import Evidence
 from spray.isolation.growing import Scorer
 from spray.pipelines.candidates import Attempt, Recognized, Start
 from spray.pipelines.explaining import LOOKS, RAW, Explainer
+from spray.pipelines.samples import Members, Samples
 
 N, FEWER = 100, 20
 SCORER = Scorer(np.zeros(1), 0.0, 0.5)
 EVIDENCE = Evidence(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4))
+
+
+class OfClass(Samples):
+    """Images of a single class."""
+
+    def __init__(self) -> None:
+        pass
+
+    def of_class(self, c: int) -> Members:
+        return Members(np.arange(N), np.zeros((N, 1)), np.ones(N, dtype=bool))
 
 
 class Looking(Explainer):
@@ -25,14 +36,10 @@ class Looking(Explainer):
 
     def __init__(self, *finds: Trial) -> None:
         self.finds, self.fewer = finds, FEWER
+        self.samples = OfClass()
         self.asked: list[tuple[np.ndarray, tuple[str, ...]]] = []
 
-    def _class(self, c: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return np.arange(N), np.zeros((N, 1)), np.ones(N, dtype=bool)
-
-    def _recognized(
-        self, artifact: Artifact, start: Start, of_class: np.ndarray, features: np.ndarray, c: int
-    ) -> Recognized:
+    def _recognized(self, artifact: Artifact, start: Start, own: Members, c: int) -> Recognized:
         return recognized(int(start.carries.sum()) - self.fewer)
 
     def _attempt(

@@ -31,12 +31,19 @@ class Finding:
         The training samples of its class that carry it.
     scores : ndarray of float, shape (N,), optional
         How well each training sample, of all classes, matches it.
+    threshold : float, optional
+        The score above which an image carries it; halfway between what its samples and all others typically have where
+        there is none.
+    test_scores : ndarray of float, shape (n,), optional
+        How well each test image matches it.
     """
 
     artifact: Artifact
     class_index: int
     samples: np.ndarray
     scores: np.ndarray | None = None
+    threshold: float | None = None
+    test_scores: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -116,18 +123,20 @@ def inputs(problem: Problem, indices: np.ndarray) -> torch.Tensor:
 def carriers(problem: Problem, finding: Finding) -> np.ndarray:
     """Return which training images carry an artifact, bool (N,).
 
-    Those are the finding's samples and, of the other classes, the images whose score is nearer to what these typically
-    have than to what all other images typically have (medians): a single stray sample must not make half of the data
-    set carriers. Without scores no image of another class is one.
+    Those are the finding's samples and, of the other classes, the images whose score is above the threshold; where
+    there is none, those whose score is nearer to what its samples typically have than to what all other images
+    typically have (medians): a single stray sample must not make half of the data set carriers. Without scores no image
+    of another class is one.
     """
     carries = np.zeros(len(problem.train), dtype=bool)
     carries[finding.samples] = True
     if finding.scores is not None and len(finding.samples):
         others = np.asarray(problem.train.labels) != finding.class_index
-        typical = np.median(finding.scores[finding.samples])
-        rest = finding.scores[~carries]
-        if len(rest):
-            carries |= others & (finding.scores > (typical + np.median(rest)) / 2)
+        rest, threshold = finding.scores[~carries], finding.threshold
+        if threshold is None and len(rest):
+            threshold = float(np.median(finding.scores[finding.samples]) + np.median(rest)) / 2
+        if threshold is not None:
+            carries |= others & (finding.scores > threshold)
     return carries
 
 

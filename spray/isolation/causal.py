@@ -74,6 +74,10 @@ class Effect:
         whether the place matters, and is no condition of a verdict.
     removal_cost_elsewhere : float or None
         Mean fall of the class's logit when as much is in-painted elsewhere in the artifact's own samples.
+    n_removed : int
+        Number of the artifact's own samples that it was removed from.
+    removal_held_out : bool
+        Whether these are images that the model was not trained on.
     """
 
     flip_rate: float
@@ -90,6 +94,8 @@ class Effect:
     removal_cost_interval: list[float] | None = None
     elsewhere_flip_rate: float | None = None
     removal_cost_elsewhere: float | None = None
+    n_removed: int = 0
+    removal_held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,15 @@ class SampleBias:
         Of the model on these samples and on the rest.
     p_value : float
         Fisher's exact test, one-sided, of the model being right less often on the kind.
+    held_out : bool
+        Whether the accuracies are of images that the model was not trained on.
     """
 
     separation: float
     accuracy: float
     rest_accuracy: float
     p_value: float
+    held_out: bool = False
 
 
 def measure_effect(
@@ -205,6 +214,7 @@ def measure_effect(
         removal_cost_interval=bootstrap(seed, cost, control_cost),
         elsewhere_flip_rate=None if moved is None else float(moved.float().mean()),
         removal_cost_elsewhere=_cost_elsewhere(predict, artifact, target, carriers, typical, seed),
+        n_removed=len(carriers),
     )
 
 
@@ -279,7 +289,9 @@ def _cost_elsewhere(
     return float((margin(predict(carriers), target) - margin(predict(filled(carriers, holes, typical)), target)).mean())
 
 
-def sample_bias(scores: np.ndarray, carries: np.ndarray, right: np.ndarray) -> SampleBias:
+def sample_bias(
+    scores: np.ndarray, carries: np.ndarray, right: np.ndarray, held_out: tuple[np.ndarray, np.ndarray] | None = None
+) -> SampleBias:
     """Compare how often a model is right on the samples of a kind and on the rest of their class.
 
     Parameters
@@ -288,8 +300,11 @@ def sample_bias(scores: np.ndarray, carries: np.ndarray, right: np.ndarray) -> S
         (n,), of the class's samples, each by a fit without it.
     carries, right : ndarray of bool
         (n,): which are of the kind, and which the model gets right.
+    held_out : tuple of ndarray of bool, optional
+        The same two, (m,), of images that the model was not trained on, of which it does not know the answers by heart.
     """
-    inside, outside = right[carries], right[~carries]
+    of_kind, known = held_out or (carries, right)
+    inside, outside = known[of_kind], known[~of_kind]
     table = [[int(inside.sum()), int((~inside).sum())], [int(outside.sum()), int((~outside).sum())]]
     larger = scores[carries][:, None] > scores[~carries]
     return SampleBias(
@@ -297,6 +312,7 @@ def sample_bias(scores: np.ndarray, carries: np.ndarray, right: np.ndarray) -> S
         accuracy=float(inside.mean()) if len(inside) else 0.0,
         rest_accuracy=float(outside.mean()) if len(outside) else 0.0,
         p_value=float(fisher_exact(table, alternative="less")[1]),
+        held_out=held_out is not None,
     )
 
 
