@@ -159,7 +159,9 @@ def test_a_clarc_gives_each_artifact_the_same_weight_in_every_class(
             self.logits = torch.zeros(len(x), 3, requires_grad=True)
             return self.logits
 
-    def look(*arguments: object, objective: Objective, **options: object) -> None:
+    def look(*arguments: object, objective: Objective, indices: np.ndarray | None, **options: object) -> None:
+        if indices is not None:
+            return  # of the control or of the trial, see `spray.correction.interpolation`
         for _ in range(40):
             model, pixels = Looking(), torch.zeros(N, 1, SIDE, SIDE)
             batch = Batch(NORMALIZER(pixels, "cpu"), torch.from_numpy(world.train.labels), np.arange(N), pixels)

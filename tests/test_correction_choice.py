@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,14 @@ def test_a_point_of_clean_accuracy_is_worth_two_with_the_artifact(world: World) 
         assert choose(problem, measured(0.9, 0.1), trials).setting == {"strength": expected}
 
 
+def test_where_all_images_carry_an_artifact_all_that_are_held_back_are_measured(world: World) -> None:
+    problem = world.problem()
+    everywhere = replace(world.finding, scores=np.ones(len(problem.train)), threshold=0.5)
+    split = Validation(replace(problem, findings=[replace(everywhere, samples=np.arange(len(problem.train)))]))
+    assert split.clean.tolist() == split.held.tolist()
+    assert 0 <= split.measure(world.model).right.mean() <= 1
+
+
 def measured(right: float, attacked: float) -> Measure:
     return Measure(np.arange(1000) < 1000 * right, attacked)
 
@@ -105,7 +115,8 @@ def test_the_best_of_those_that_cost_nothing_until_one_costs(world: World) -> No
         choose(problem, measured(0.9, 0.1), [])
 
 
-def test_images_are_held_back_from_every_class_and_never_trained_on_in_a_trial(world: World) -> None:
+@pytest.mark.parametrize("name", ["rrr", "a_clarc", "group_balanced"])
+def test_images_are_held_back_from_every_class_and_never_trained_on_in_a_trial(world: World, name: str) -> None:
     split = Validation(world.problem())
     assert np.array_equal(np.sort(np.concatenate([split.held, split.rest])), np.arange(480))
     assert np.bincount(world.train.labels[split.held]).tolist() == [32, 32, 32]
@@ -118,9 +129,9 @@ def test_images_are_held_back_from_every_class_and_never_trained_on_in_a_trial(w
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spray.correction.fine_tuning.train", watch)
-        CORRECTIONS.get("rrr")(world.problem(epochs=1))
+        CORRECTIONS.get(name)(world.problem(epochs=1))
     assert all(not np.isin(indices, split.held).any() for indices in seen[:-1])
-    assert len(seen) >= 3, "control, strengths, and the whole in the end"
+    assert len(seen) >= 3, "control, strengths or a trial, and the whole in the end"
     assert len(seen[-1]) == 480
 
 

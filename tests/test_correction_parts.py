@@ -21,12 +21,15 @@ from spray.correction.base import carriers, unmarked
 from spray.correction.checks import check_model
 from spray.correction.groups import FEWEST, balance
 from spray.correction.guided import relevance_weights
-from spray.correction.input_gradients import overlap
+from spray.correction.input_gradients import has_place, overlap
 from spray.correction.latent import sensitivity, towards
 from spray.correction.options import STRENGTHS
 from spray.correction.refitting import refit
 from spray.data.arrays import ArrayDataset
 from spray.errors import UserError
+from spray.isolation.blended import Blended
+from spray.isolation.changed import Background, Changed
+from spray.isolation.statistics import statistics
 from spray.models.small_cnn import SmallCNN
 
 
@@ -165,6 +168,57 @@ def test_right_reason_loss_is_cross_entropy_and_the_squared_slope_along_the_cav(
     slope = (double[3].weight.T @ signs.double()) @ h
     expected = nn.functional.cross_entropy(double(batch.x), batch.labels) + 3 * slope**2
     assert float(got.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def brighter() -> Changed:
+    """A change of whole images; its mask is 1 everywhere."""
+    ones, flat = torch.ones(10, 10), torch.zeros(1, 10, 10)
+    weights = torch.zeros(statistics(flat[None]).shape[1])
+    shifts = torch.zeros(1, 2, dtype=torch.int64)
+    return Changed(ones, flat, shifts, 1.0, 1, True, torch.ones(1), torch.full((1,), 0.2), 0.0, 0.0, weights, 0.0)
+
+
+def veil(mask: Tensor) -> Blended:
+    flat = torch.zeros(1, 10, 10)
+    weights = torch.zeros(statistics(flat[None]).shape[1])
+    return Blended(mask, flat, torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True, flat, weights, 0.0, 0.0)
+
+
+def test_which_artifacts_have_a_place_their_masks_tell(world: World) -> None:
+    background = Background(**vars(brighter()))
+    for artifact, expected in [
+        (world.finding.artifact, True),
+        (veil(torch.linspace(0.2, 0.6, 10).repeat(10, 1)), True),
+        (background, True),
+        (veil(torch.full((10, 10), 0.3)), False),
+        (brighter(), False),
+    ]:
+        assert has_place(world.problem(), replace(world.finding, artifact=artifact)) == expected, artifact.kind
+
+
+@pytest.mark.parametrize("options", [Options(), Options(strength=5.0)])
+def test_artifacts_of_whole_images_have_no_part_in_the_penalty_on_gradients(world: World, options: Options) -> None:
+    bright = Finding(brighter(), 0, np.flatnonzero(world.train.labels == 0)[:60])
+    fixed, control = Options(strength=5.0), CORRECTIONS.get("fine_tuned")(world.problem()).state_dict()
+    alone = CORRECTIONS.get("rrr")(world.problem(options=fixed)).state_dict()
+    problem = world.problem(findings=[bright, world.finding], options=fixed)
+    both = CORRECTIONS.get("rrr")(problem).state_dict()
+    assert all(torch.equal(both[key], alone[key]) for key in alone)
+    assert problem.facts["left_out"] == [{"artifact": 1, "class_index": 0, "kind": "global"}]
+    assert "whole image" in problem.facts["left_out_because"]
+    assert problem.facts["chosen"] == {"strength": 5.0}
+    # If none has a place nothing is left of the penalty, and no strength of it is tried.
+    problem = world.problem(findings=[bright], options=options)
+    none = CORRECTIONS.get("rrr")(problem).state_dict()
+    assert all(torch.equal(none[key], control[key]) for key in control)
+    assert not any(torch.equal(none[key], alone[key]) for key in alone)
+    assert problem.facts["chosen"] == {"strength": 0.0}
+    assert len(problem.facts["left_out"]) == 1
+    assert "tried" not in problem.facts
+    # Where all have one nothing is said of it.
+    plain = world.problem(options=fixed)
+    CORRECTIONS.get("rrr")(plain)
+    assert plain.facts == {"chosen": {"strength": 5.0}}
 
 
 def test_only_what_comes_behind_the_layer_is_trained(world: World) -> None:

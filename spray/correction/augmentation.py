@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spray.correction.base import CORRECTIONS, Problem, carriers
 from spray.correction.fine_tuning import fine_tune
+from spray.correction.interpolation import stepped_back
 from spray.training import Batch
 
 SHARE = 0.25
@@ -69,14 +70,14 @@ def a_clarc(problem: Problem) -> nn.Module:
     any. Every image is seen once in an epoch, as by the control. Beside it come so many copies with each artifact that
     it weighs a quarter of every class, or several of them together at most half; images that carry one by
     themselves count less where there are more. Many more copies, or copies in the place of the images, cost clean
-    accuracy: the model has less to learn from.
+    accuracy: the model has less to learn from. Where it costs some nevertheless, the weights go back towards those
+    before (`spray.correction.interpolation.stepped_back`).
     """
     how = augment(problem)
     labels = np.asarray(problem.train.labels)
     weights = torch.from_numpy(how.weights).float()
-    rng = np.random.default_rng([problem.seed, 41])
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
+    def loss(model: nn.Module, batch: Batch, rng: np.random.Generator) -> Tensor:
         x, which, counts = [batch.x], [batch.indices], [weights[batch.indices]]
         for finding, copied in zip(problem.findings, how.copied, strict=True):
             chosen = np.flatnonzero(rng.random(len(batch.indices)) < copied[batch.indices])
@@ -91,4 +92,8 @@ def a_clarc(problem: Problem) -> nn.Module:
         each = nn.functional.cross_entropy(model(torch.cat(x)), wanted, reduction="none")
         return (each * count).sum() / count.sum()
 
-    return fine_tune(problem, objective=loss)
+    def trained(part: Problem, indices: np.ndarray | None) -> nn.Module:
+        rng = np.random.default_rng([part.seed, 41])
+        return fine_tune(part, objective=lambda model, batch: loss(model, batch, rng), indices=indices)
+
+    return stepped_back(problem, trained)

@@ -3,7 +3,10 @@
 The rule (`spray.correction.guards`): of the settings that are tried, the one of the highest value among those that
 cost no clean accuracy, neither of all classes nor of one; the value is the accuracy on held-back images of other
 classes that the isolated artifact is added to, less twice what is lost of that on images without any artifact.
-Strengths are tried from the weakest, until the first that costs clean accuracy.
+A method that trains tries its strengths from the weakest, until the first that costs clean accuracy; one that trains
+and has none goes back towards the weights before, as far as it has to (`spray.correction.interpolation`). A projection
+is tried as strongly as it is allowed to be, and less so only where that costs clean accuracy; for a last layer that is
+fitted again, which takes seconds, every strength is tried.
 The reference of a projection is the model itself; that of a method that trains is the control, fine-tuned with the
 same budget on the same images (for a refitted last layer: refitted to these as they are), since training on moves the
 accuracy by itself. If every setting costs clean accuracy, the one that costs least is taken and the facts say so.
@@ -87,8 +90,9 @@ class Validation:
             rank[members] = np.arange(len(members))
         held = rank < np.maximum(1, np.round(share * sizes))[labels]
         self.held, self.rest = np.flatnonzero(held), np.flatnonzero(~held)
-        clean = unmarked(problem)
-        self.clean = self.held[clean[self.held]]
+        clean = self.held[unmarked(problem)[self.held]]
+        # Where all of them carry an artifact by themselves there is nothing cleaner to measure.
+        self.clean = clean if len(clean) else self.held
         self.problem, self.labels = problem, labels
         self.attacks = [(f, self.clean[labels[self.clean] != f.class_index]) for f in problem.findings]
         self.draws = rng.integers(0, 2**31, len(labels))
@@ -328,7 +332,7 @@ def choose_strength(
     if asked is not None:
         return asked, {"strength": asked}
     split = validation(problem)
-    reference = _control(problem, split)
+    reference = control(problem, split)
 
     def trials() -> Iterable[Trial]:
         for strength in STRENGTHS[method]:
@@ -339,8 +343,8 @@ def choose_strength(
     return float(best.setting["strength"]), best.setting
 
 
-def _control(problem: Problem, split: Validation) -> Measure:
-    """Return what the control does that is fine-tuned without the held-back images."""
+def control(problem: Problem, split: Validation) -> Measure:
+    """Return what the control does that is fine-tuned without the held-back images, the same for all of a run."""
     from spray.correction.fine_tuning import fine_tune
 
     if "control" not in problem.shared:

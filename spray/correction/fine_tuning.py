@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spray.correction.base import CONTROL, CORRECTIONS, Problem
 from spray.correction.groups import balance
+from spray.correction.interpolation import stepped_back
 from spray.training import Objective, Transform, cross_entropy, train
 
 
@@ -25,16 +26,22 @@ def group_balanced(problem: Problem) -> nn.Module:
     Groups are made of class and artifact, the latter by the artifacts' scores; in each class all groups are drawn
     equally often, classes as often as before (Idrissi et al., "Simple data balancing achieves competitive worst-group
     accuracy", 2022). A group with hardly any samples is filled with images of its class that the isolated artifact is
-    added to; or, with `fill_groups` off, its artifact is left out in every class. See `spray.correction.groups`.
+    added to; or, with `fill_groups` off, its artifact is left out in every class. See `spray.correction.groups`. Where
+    clean accuracy falls, the weights go back towards those before (`spray.correction.interpolation.stepped_back`).
     """
-    balanced = balance(problem)
-    problem.facts["groups"] = balanced.facts()
-    rng = np.random.default_rng([problem.seed, 53])
 
-    def fill(pixels: Tensor, indices: np.ndarray) -> Tensor:
-        return balanced.fill(problem, pixels, indices, rng)
+    def trained(part: Problem, indices: np.ndarray | None) -> nn.Module:
+        balanced = balance(part, indices)
+        part.facts["groups"] = balanced.facts()
+        rng = np.random.default_rng([part.seed, 53])
 
-    return fine_tune(problem, transform=fill, weights=balanced.weights)
+        def fill(pixels: Tensor, samples: np.ndarray) -> Tensor:
+            return balanced.fill(part, pixels, samples, rng)
+
+        weights = balanced.weights if indices is None else balanced.weights[indices]
+        return fine_tune(part, transform=fill, indices=indices, weights=weights)
+
+    return stepped_back(problem, trained)
 
 
 def fine_tune(
