@@ -66,17 +66,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def one(cell: Cell) -> None:
         given = (cell, options.out, methods, more)
-        known = hans_reliance.idle(*given) if options.relying and cell.arm == "planted" else None
-        record = known or hans_cells.make(*given)
+        try:
+            known = hans_reliance.idle(*given) if options.relying and cell.arm == "planted" else None
+            record = known or hans_cells.make(*given)
+        except Exception as error:
+            # Whatever it is, it is told, and the other cells go on.
+            record = {"error": _why(error)}
         records[cell.name] = record
         said = record.get("error") or f"{record['seconds']:.0f} s"
         print(f"{len(records)}/{len(wanted)} {cell.name}: {said}", file=sys.stderr, flush=True)
 
     try:
         with ThreadPoolExecutor(options.jobs) as pool:
-            for future in [pool.submit(one, cell) for cell in wanted]:
-                future.result()
-                report([cell for cell in wanted if cell.name in records], records, options.out)
+            try:
+                for future in [pool.submit(one, cell) for cell in wanted]:
+                    future.result()
+                    report([cell for cell in wanted if cell.name in records], records, options.out)
+            except BaseException:
+                # Without this the pool would make all other cells before it lets the study end.
+                pool.shutdown(cancel_futures=True)
+                raise
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -85,10 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(cells: Sequence[Cell], records: dict[str, dict[str, Any]], out: Path) -> None:
-    """Write `hans.csv`, `summary.md`, `cases.md` and the figures, of the cells that are done."""
-    done = [records[cell.name] for cell in cells if "error" not in records[cell.name]]
+    """Write `hans.csv`, `summary.md`, `cases.md` and the figures, of the cells that are done.
+
+    A cell whose files give no rows is a failed one; its record says so from then on.
+    """
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        if "error" not in records[cell.name]:
+            try:
+                rows += hans_rows.rows_of(records[cell.name], out)
+            except Exception as error:
+                records[cell.name] = {"error": _why(error)}
     failed = [(cell.name, records[cell.name]["error"]) for cell in cells if "error" in records[cell.name]]
-    rows = [row for record in done for row in hans_rows.rows_of(record, out)]
     hans_rows.write_table(out / "hans.csv", rows)
     write_text(out / "summary.md", hans_tables.summary(rows, failed))
     write_text(out / "cases.md", hans_cases.text(rows))
@@ -96,6 +113,12 @@ def report(cells: Sequence[Cell], records: dict[str, dict[str, Any]], out: Path)
         import hans_plots
 
         hans_plots.draw(rows, out)
+
+
+def _why(error: Exception) -> str:
+    """Return one line that says what went wrong in a cell."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, hans_cells.CellError) else f"{type(error).__name__}: {said}"
 
 
 def _cells(options: argparse.Namespace) -> list[Cell]:

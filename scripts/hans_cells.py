@@ -8,9 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 from spray.storage import write_text
@@ -21,6 +24,8 @@ CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 STAGES = "stages=[train,attribute,analyze,rank,isolate,correct,verify]"
 CEILINGS = "ceilings"
 """Models trained on clean data, shared by all cells of a set and a seed."""
+LOCKS: dict[str, Lock] = defaultdict(Lock)
+"""By a cell's name, held while `spray` works in its folder, which two runs can't do at a time."""
 
 
 @dataclass(frozen=True)
@@ -212,13 +217,22 @@ def biased(dataset: str, seed: int, kind: str) -> Cell:
     return Cell(dataset, seed, "planted" if kind == "corruption" else "biased", kind, BIAS_RATES[kind])
 
 
+class CellError(Exception):
+    """A cell that could not be made; the message is one line that says why."""
+
+
 def make(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:
     """Run a cell; return what `cell.json` says of it, which is there already where the same had been done.
 
     Returns
     -------
     dict
-        The cell's fields, `overrides`, `seconds`; and `error`, the command's last line, where it failed.
+        The cell's fields, `overrides` and `seconds`.
+
+    Raises
+    ------
+    CellError
+        If the run fails.
     """
     folder = out / cell.name
     overrides = [*cell.overrides(out, methods), *more]
@@ -228,23 +242,55 @@ def make(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str] = ()
     shared = out / CEILINGS / f"{cell.dataset}-seed{cell.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     if shared.is_dir() and not (folder / "ceiling").exists():
-        shutil.copytree(shared, folder / "ceiling")
-    start = time.monotonic()
-    command = [sys.executable, "-m", "spray.pipelines.cli", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        _copy(shared, folder / "ceiling", out / CEILINGS)
+    with LOCKS[cell.name]:
+        start = time.monotonic()
+        spray(overrides)
     record = asdict(cell) | {"overrides": overrides, "seconds": round(time.monotonic() - start, 1)}
-    if done.returncode != 0:
-        return record | {"error": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
     if (folder / "ceiling").is_dir() and not shared.exists():
-        partial = shared.with_name(f".{shared.name}-{os.getpid()}")
-        shutil.copytree(folder / "ceiling", partial)
-        partial.rename(shared)
+        _copy(folder / "ceiling", shared, out / CEILINGS)
     write_text(folder / "cell.json", json.dumps(record, indent=1))
     return record
 
 
+def spray(overrides: Sequence[str]) -> None:
+    """Run `spray` in a process of one thread.
+
+    Raises
+    ------
+    CellError
+        If it fails, with the last line that it said.
+    """
+    command = [sys.executable, "-m", "spray.pipelines.cli", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode != 0:
+        raise CellError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+
+
+def _copy(source: Path, target: Path, beside: Path) -> None:
+    """Copy a folder, by way of one in `beside`: a copy that is cut short must not be taken for a whole one."""
+    beside.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=beside) as partial:
+        whole = shutil.copytree(source, Path(partial, target.name))
+        try:
+            whole.rename(target)
+        except OSError:
+            # Another cell that ended at the same time was first; its copy is as good.
+            if not target.is_dir():
+                raise
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return what `cell.json` says; None where the cell was not finished."""
+    """Return what `cell.json` says; None where the cell was not finished.
+
+    Raises
+    ------
+    CellError
+        If it can't be read.
+    """
     path = folder / "cell.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise CellError(f"{path} is damaged ({error}); remove it to make the cell again") from error

@@ -6,14 +6,9 @@ What a model does not rely on can't be found, and is no miss; with `hans_bench.p
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import hans_cells
@@ -23,15 +18,17 @@ from hans_rows import configured, relies
 
 from spray.storage import write_text
 
-_LOCKS: dict[str, Lock] = defaultdict(Lock)
-"""A clean model is trained once, whichever cell asks first."""
-
 
 def idle(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str]) -> dict[str, Any] | None:
     """Train a planted model; return its record if it doesn't rely on its artifact, None if it does.
 
     The record is what `hans_cells.make` returns, with `idle`: accuracy on the other classes' test images, the same with
     the artifact, and that of a model trained on clean data. It is kept in `cell.json`.
+
+    Raises
+    ------
+    CellError
+        If a training fails.
     """
     overrides = [*cell.overrides(out, methods), *more]
     record = hans_cells.read_record(out / cell.name)
@@ -48,13 +45,35 @@ def idle(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str]) -> 
 
 
 def _trained(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str]) -> Any:
-    """Return the context of a cell whose model is trained."""
-    overrides = [*cell.overrides(out, methods), *more]
-    with _LOCKS[cell.name]:
-        if not (out / cell.name / "model.pt").exists():
-            command = [sys.executable, "-m", "spray.pipelines.cli", *overrides, "stages=[train]"]
-            subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        return configured(out / cell.name, overrides)
+    """Return the context of a cell whose model is trained with just this configuration."""
+    folder, overrides = out / cell.name, [*cell.overrides(out, methods), *more]
+    context = _up_to_date(folder, overrides)
+    if context is None:
+        # A clean model is trained once, whichever cell asks first; its own cell may be at it.
+        with hans_cells.LOCKS[cell.name]:
+            context = _up_to_date(folder, overrides)
+            if context is None:
+                hans_cells.spray([*overrides, "stages=[train]"])
+                context = configured(folder, overrides)
+    return context
+
+
+def _up_to_date(folder: Path, overrides: Sequence[str]) -> Any | None:
+    """Return the context of a cell whose model needs no training, None if it does.
+
+    That is for `spray` to say: a `model.pt` may be there from other overrides. It is asked here, not by a start of the
+    command, which takes seconds and the folder's lock, that the rest of a cell's run may hold.
+    """
+    from spray.pipelines.record import Record
+    from spray.pipelines.runner import decide, find_inputs
+    from spray.pipelines.stages import load
+
+    if not (folder / "model.pt").exists():
+        return None
+    context = configured(folder, overrides)
+    stages = load(["train"], context.config)
+    (decision,) = decide(context, ["train"], stages, Record(folder), find_inputs(context))
+    return context if decision.reason is None else None
 
 
 def _accuracies(context: Any, clean: Any) -> list[float]:
@@ -62,6 +81,7 @@ def _accuracies(context: Any, clean: Any) -> list[float]:
     from spray.data.planting import planted_truth
 
     truth = planted_truth(context.config.dataset.plant, context.train)
+    assert truth is not None  # only planted cells are asked about
     others = np.flatnonzero(context.test.labels != truth.class_index)
     pixels = context.test.batch(others)
     marked = truth.plant.mark(pixels, [f"test:{i}" for i in others])[0]
