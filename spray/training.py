@@ -100,7 +100,9 @@ def train(
     n = len(chosen)
     shares = None if weights is None else np.asarray(weights, dtype=np.float64) / np.sum(weights)
     steps = epochs * max(1, -(-n // batch_size))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.2)
+    # A fifth of five steps is a warm-up that ends where it begins, and OneCycleLR would divide by its length.
+    warm_up = 0.2 if steps != 5 else 0.25
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=warm_up)
     order = np.random.default_rng(seed)
     labels = torch.from_numpy(np.asarray(dataset.labels))
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []

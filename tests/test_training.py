@@ -134,6 +134,15 @@ def test_a_last_batch_of_one_image_does_not_stop_a_batch_norm() -> None:
     assert weights(model).isfinite().all()
 
 
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_however_few_steps_there_are(steps: int) -> None:
+    """PyTorch's schedule divides by zero for five, of which a fifth warms up."""
+    before = weights(network())
+    after = weights(fit(network(), dataset(3 * steps), epochs=1, batch_size=3))
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
+
+
 def test_batches_cover_everything_once() -> None:
     for n, size in [(0, 4), (1, 4), (8, 4), (9, 4), (3, 100)]:
         parts = list(batches(n, size))
