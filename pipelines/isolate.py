@@ -37,7 +37,9 @@ MORE = (
     "logit_gain_interval",
     "removal_cost_interval",
     "elsewhere_flip_rate",
+    "elsewhere_flip_rate_interval",
     "removal_cost_elsewhere",
+    "removal_cost_elsewhere_interval",
     "n_removed",
     "removal_held_out",
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from spray.isolation import causal
 from spray.isolation.candidate import Artifact
 from spray.isolation.causal import Effect, holm, removal_cost, verdict
+from spray.verification import wilson_interval
 
 SIDE = 12
 
@@ -264,6 +265,12 @@ def test_elsewhere_the_same_content_moves_a_model_that_looks_at_a_place_less() -
     result = effect(others=pictures([0.0] * 60, [0.5] * 60))
     assert result.flip_rate == 1
     assert result.elsewhere_flip_rate == 0
+    assert result.elsewhere_flip_rate_interval == wilson_interval(0, 60)
+    # Two of eight holes elsewhere hide the corner, whose 0.4 becomes 0.1, to the class's gain; the others nothing.
+    assert result.n_removed == 8
+    assert result.removal_cost_elsewhere == pytest.approx(-0.3 * 2 / 8, abs=1e-3)
+    low, high = result.removal_cost_elsewhere_interval or (0, 0)
+    assert -0.301 < low < result.removal_cost_elsewhere < high < 0.001
 
 
 def test_natural_changes_are_the_control_where_they_are_given() -> None:

@@ -74,6 +74,8 @@ class Effect:
         whether the place matters, and is no condition of a verdict.
     removal_cost_elsewhere : float or None
         Mean fall of the class's logit when as much is in-painted elsewhere in the artifact's own samples.
+    elsewhere_flip_rate_interval, removal_cost_elsewhere_interval : list of float or None
+        Their 95 % intervals: Wilson's and of the bootstrap.
     n_removed : int
         Number of the artifact's own samples that it was removed from.
     removal_held_out : bool
@@ -94,6 +96,8 @@ class Effect:
     removal_cost_interval: list[float] | None = None
     elsewhere_flip_rate: float | None = None
     removal_cost_elsewhere: float | None = None
+    elsewhere_flip_rate_interval: list[float] | None = None
+    removal_cost_elsewhere_interval: list[float] | None = None
     n_removed: int = 0
     removal_held_out: bool = False
 
@@ -199,6 +203,7 @@ def measure_effect(
         mask, pattern = artifact.placed(draws)
         both = elsewhere(torch.cat([mask, pattern], dim=1), seed)
         moved = predict(others + both[:, :1] * (both[:, 1:] - others)).argmax(dim=1) == target
+    cost_elsewhere = _cost_elsewhere(predict, artifact, target, carriers, typical, seed)
     return Effect(
         flip_rate=float(flips.float().mean()),
         control_flip_rate=float(control_flips.float().mean()),
@@ -213,7 +218,9 @@ def measure_effect(
         logit_gain_interval=bootstrap(seed, gains),
         removal_cost_interval=bootstrap(seed, cost, control_cost),
         elsewhere_flip_rate=None if moved is None else float(moved.float().mean()),
-        removal_cost_elsewhere=_cost_elsewhere(predict, artifact, target, carriers, typical, seed),
+        removal_cost_elsewhere=None if cost_elsewhere is None else float(cost_elsewhere.mean()),
+        elsewhere_flip_rate_interval=None if moved is None else wilson_interval(int(moved.sum()), len(others)),
+        removal_cost_elsewhere_interval=None if cost_elsewhere is None else bootstrap(seed, cost_elsewhere),
         n_removed=len(carriers),
     )
 
@@ -281,12 +288,12 @@ def bootstrap(seed: int, values: Tensor, others: Tensor | None = None) -> list[f
 
 def _cost_elsewhere(
     predict: Predictor, artifact: Artifact, target: int, carriers: Tensor, typical: Tensor, seed: int
-) -> float | None:
-    """Return what in-painting as large a hole elsewhere costs; None for an artifact that has no place of its own."""
+) -> Tensor | None:
+    """Return what in-painting as large a hole elsewhere costs, (n,); None for an artifact with no place of its own."""
     if not artifact.bound_to_a_place or is_undone(artifact):
         return None
     holes = elsewhere(artifact.found(carriers), seed)
-    return float((margin(predict(carriers), target) - margin(predict(filled(carriers, holes, typical)), target)).mean())
+    return margin(predict(carriers), target) - margin(predict(filled(carriers, holes, typical)), target)
 
 
 def sample_bias(

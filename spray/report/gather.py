@@ -30,7 +30,7 @@ _OF_ARTIFACT = frozenset(
     (
         *("id", "class_index", "class_name", "cluster", "samples", "verdict", "kind", "opacity", "logit_gain"),
         *("flip_rate", "control_flip_rate", "p_value", "n_tested", "removal_cost", "removal_p_value"),
-        *("mask", "pattern", "scores", "unusual"),
+        *("mask", "pattern", "scores", "test_scores", "unusual"),
     )
 )
 _CAVEATS = (
