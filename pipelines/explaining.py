@@ -83,7 +83,7 @@ class Explainer:
 
         Of a cluster that the ranking doesn't find `unusual` only the same piece of an image is a finding, or what
         accounts for all that tells its samples from the rest. That the very same was `repeated` in its samples makes
-        it unusual if it is indeed the same that is isolated.
+        it unusual if it is indeed the same piece that is isolated: the same black ground is repeated, too.
         """
         options, seed = self.context.config.isolate, self.context.config.seed
         rng = np.random.default_rng([seed, c, len(members)])
@@ -110,7 +110,7 @@ class Explainer:
             artifact = refitted(best.trials[0], best.evidence)
             found = self._recognized(artifact, best.start, own, c)
         trials, evidence = best.trials, best.evidence
-        unusual = unusual or (repeated and artifact.constant)
+        unusual = unusual or (repeated and trials[0].same_piece)
         carries = _sensible(found.carries, best.start.carries)
         threshold = found.second.threshold if carries is found.carries else _halfway(found.scores, carries)
         held = self.samples.held_out(c)

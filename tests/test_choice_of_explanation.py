@@ -247,6 +247,18 @@ def test_cut_outs_of_most_of_a_class_hold_what_makes_it() -> None:
         assert not replace(trial, still_apart=0.95).unnatural_in(0.1)
 
 
+def test_a_ground_of_one_colour_that_is_repeated_is_no_piece_of_an_image() -> None:
+    """Black images of one class are the very same as well."""
+    piece = a_piece()
+    for isolator, artifact, expected in (
+        ("near", piece, True),
+        ("scattered", piece, True),
+        ("colored", piece, False),
+        ("local", replace(piece, constant=False), False),
+    ):
+        assert Trial(isolator, artifact, 1.0, 1.0, 1.0, 0.95, 0.9).same_piece is expected
+
+
 @pytest.mark.parametrize("isolator", ["near", "colored", "change", "turned"])
 def test_what_makes_images_look_less_like_the_samples_accounts_for_nothing(isolator: str) -> None:
     trial = Trial(isolator, a_piece(), 1.0, -0.1, 1.0, 0.95, 0.6)

@@ -166,6 +166,11 @@ class Trial:
     closely: bool = False
 
     @property
+    def same_piece(self) -> bool:
+        """Whether it is the very same piece of an image, not pixels of a colour that a ground may have, too."""
+        return self.isolator in SAME_CONTENT and self.artifact.constant
+
+    @property
     def explains(self) -> bool:
         """Whether the cluster is what was added: assumed of the same piece of an image."""
         least = LIKE_ENOUGH if self.isolator in WHOLE else LIKE_AT_ALL
