@@ -15,7 +15,6 @@ from spray.figures import fitted
 from spray.isolation.artifact import Artifact
 from spray.isolation.causal import measure_effect, sample_bias, shows
 from spray.isolation.choice import (
-    CONFIRMED,
     ISOLATORS,
     PARTS,
     RESEMBLES,
@@ -105,6 +104,8 @@ class Explainer:
         artifact = refitted(best.trials[0], best.evidence)
         found = self._recognized(artifact, best.start, own, c)
         better = self._looked_again(best, found, c, rng)
+        if better is None and not best.trials[0].settled:
+            better = self._shaded(attempts, best, c, rng)
         if better is not None and (best.trials[0].accounts or _worth(better) > _worth(best)):
             best = better
             artifact = refitted(best.trials[0], best.evidence)
@@ -196,7 +197,7 @@ class Explainer:
         """
         lead = best.trials[0]
         whole = lead.isolator in WHOLE
-        if (lead.accounts and lead.left <= CONFIRMED) or (whole and lead.likeness < RESEMBLES):
+        if lead.settled or (whole and lead.likeness < RESEMBLES):
             return None
         for look in range(LOOKS):
             if look:
@@ -212,6 +213,25 @@ class Explainer:
             best = replace(best, trials=[lead, *(trial for trial in best.trials if trial is not lead)])
             if lead.confirmed:
                 return best
+        return None
+
+    def _shaded(self, attempts: list[Attempt], best: Attempt, c: int, rng: np.random.Generator) -> Attempt | None:
+        """Look again from where a shade is recognized that came near without leading.
+
+        Isolated from samples of a kind it cannot make all of the rest like them, but is what it is, and tells the other
+        samples that have it: from all of these it is isolated again.
+        """
+        near = [
+            replace(attempt, trials=[trial])
+            for attempt in attempts
+            for trial in attempt.trials
+            if trial.isolator == "shading" and trial.likeness >= RESEMBLES and trial is not best.trials[0]
+        ]
+        for lead in sorted(near, key=lambda attempt: -attempt.trials[0].likeness):
+            artifact = refitted(lead.trials[0], lead.evidence)
+            found = self._recognized(artifact, lead.start, self.samples.of_class(c), c)
+            if (better := self._looked_again(lead, found, c, rng)) is not None:
+                return better
         return None
 
     def _attempt(

@@ -12,6 +12,7 @@ from spray.isolation.artifact import Artifact
 from spray.isolation.choice import PARTS, WHOLE, Trial
 from spray.isolation.evidence import Evidence
 from spray.isolation.growing import Scorer
+from spray.pipelines import explaining
 from spray.pipelines.candidates import Attempt, Recognized, Start
 from spray.pipelines.explaining import LOOKS, RAW, Explainer
 from spray.pipelines.samples import Members, Samples
@@ -129,6 +130,25 @@ def test_what_accounts_for_its_samples_but_leaves_much_is_looked_at_again(left: 
     found = again(looking, best)
     assert found is not None
     assert found.trials == list(looking.finds)
+
+
+@pytest.mark.parametrize(("likeness", "looks"), [(0.6, 1), (0.4, 0)])
+def test_a_shade_that_came_near_without_leading_is_looked_at_again(
+    likeness: float, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Isolated from samples of a kind it makes few others like them, but tells the others that have it."""
+    monkeypatch.setattr(explaining, "refitted", lambda trial, evidence: trial.artifact)
+    lead, near = trial("change", 0.9), trial("shading", 0.6, likeness=likeness)
+    start = Start(SCORER, np.zeros(N), first(40))
+    attempts = [Attempt(start, EVIDENCE, [lead, near]), Attempt(start, EVIDENCE, [trial("local", 0.9)])]
+    looking = Looking(trial("shade", 0.1))
+    looking.fewer = -30
+    found = looking._shaded(attempts, attempts[0], 0, np.random.default_rng(0))
+    assert (found is not None) == bool(looks)
+    assert [int(carries.sum()) for carries, _ in looking.asked] == [70] * looks
+    # What leads is looked at anyway.
+    led = Attempt(start, EVIDENCE, [near])
+    assert Looking()._shaded([led], led, 0, np.random.default_rng(0)) is None
 
 
 def test_what_stays_the_same_is_not_looked_at_once_more() -> None:

@@ -20,6 +20,12 @@ FAINTEST = 0.1
 """Least opacity that is told from none."""
 EXTREME = 0.25
 """How far the colour of a shade may be from black, or white, in all channels, and still be it."""
+TURNS = 12
+"""Turns taken between fitting the opacity of a shade and what the samples are like without it."""
+GAINS = (0.3, 2.0)
+"""Least and largest gain of medians by which samples of a kind differ from the rest of their class."""
+LEAST = 0.02
+"""Share of an image in which a shade is taken to be nothing."""
 
 
 @ARTIFACTS.register("blended")
@@ -166,23 +172,80 @@ def isolate_shade(evidence: Evidence) -> Blended | None:
     (lower, middle, upper), (before_lower, before, before_upper) = evidence.quartiles
     spread, before_spread = ((b - a).mean(dim=0).flatten() for a, b in ((lower, upper), (before_lower, before_upper)))
     height, width = evidence.images.shape[2:]
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1).reshape(-1, 6)
+    terms = _quadratic(height, width)
     medians, before_medians = middle.flatten(1), before.flatten(1)
     alpha = _fitted(terms, before_spread, before_spread - spread)
     for _ in range(5):
         weight = alpha / alpha.square().sum().clamp_min(1e-6)
         color = ((medians - (1 - alpha) * before_medians) * weight).sum(dim=1).clamp(0, 1)
-        for extreme in (0.0, 1.0):
-            color = torch.full_like(color, extreme) if float((color - extreme).abs().max()) <= EXTREME else color
+        color = _extreme(color)
         towards = before_medians - color[:, None]
         slope = torch.cat([towards.flatten(), before_spread])
         change = torch.cat([(before_medians - medians).flatten(), before_spread - spread])
         alpha = _fitted(terms.repeat(len(color) + 1, 1), slope, change)[: height * width]
-    alpha = torch.where(alpha > FAINTEST / 5, alpha, 0.0).reshape(height, width)
+    return _shade(evidence, alpha, color)
+
+
+def isolate_shading(evidence: Evidence) -> Blended | None:
+    """Isolate such a shade from samples that are of a kind, which `isolate_shade` would take for part of it.
+
+    Samples of a pure cluster seldom are typical of their class: they are lighter as a whole, or vary less. So the rest
+    is taken to be like them but for a gain g and an offset o of its medians and a factor k of its spreads, the same all
+    over the image: ``m' = (1 - α)(g m + o) + α c`` and ``s' = (1 - α) k s``. Opacity and the others are fitted in
+    turns. What then is the same at all places can be either, and is none of the shade: somewhere it is 0.
+
+    Returns
+    -------
+    Blended or None
+        None where its opacity does not vary by `FAINTEST` over the image.
+    """
+    (lower, middle, upper), (before_lower, before, before_upper) = (
+        smoothed(part, 1.5).double() for part in evidence.quartiles
+    )
+    spread, before_spread = ((b - a).mean(dim=0).flatten() for a, b in ((lower, upper), (before_lower, before_upper)))
+    height, width = evidence.images.shape[2:]
+    terms = _quadratic(height, width).double()
+    medians, before_medians = middle.flatten(1), before.flatten(1)
+    alpha, color = torch.zeros(height * width).double(), torch.zeros(len(medians)).double()
+    for turn in range(TURNS):
+        clear = 1 - alpha
+        vary = (spread @ (clear * before_spread)) / (clear * before_spread).square().sum().clamp_min(1e-9)
+        behind = torch.empty_like(medians)
+        for channel, (m, b) in enumerate(zip(medians, before_medians, strict=True)):
+            parts = [clear * b, clear, *([alpha] if turn else [])]
+            gain, offset, *end = torch.linalg.lstsq(torch.stack(parts, dim=1), m[:, None]).solution[:, 0]
+            behind[channel] = gain.clamp(*GAINS) * b + offset
+            color[channel] = end[0].clamp(0, 1) if end else 0.0
+        towards, size = behind - color[:, None], (vary * before_spread).mean().clamp_min(1e-6)
+        level = towards.abs().mean().clamp_min(0.05)  # both kinds of equations weigh the same
+        slope = torch.cat([(towards / level).flatten(), vary * before_spread / size])
+        change = torch.cat([((behind - medians) / level).flatten(), (vary * before_spread - spread) / size])
+        rows = terms.repeat(len(color) + 1, 1) * slope[:, None]
+        alpha = terms @ torch.linalg.lstsq(rows, change[:, None]).solution[:, 0]
+        least = alpha.quantile(LEAST).clamp_max(0.9)
+        alpha = ((alpha - least) / (1 - least)).clamp(0, 0.95)
+    return _shade(evidence, alpha.float(), _extreme(color.float()))
+
+
+def _quadratic(height: int, width: int) -> Tensor:
+    """Return the terms (H W, 6) of a quadratic function of the place."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1).reshape(-1, 6)
+
+
+def _extreme(color: Tensor) -> Tensor:
+    """Return a colour (C,), black or white if it is nearly that."""
+    for extreme in (0.0, 1.0):
+        color = torch.full_like(color, extreme) if float((color - extreme).abs().max()) <= EXTREME else color
+    return color
+
+
+def _shade(evidence: Evidence, alpha: Tensor, color: Tensor) -> Blended | None:
+    """Return a shade of an opacity (H W,) and a colour (C,), scored by the cluster's statistics."""
+    alpha = torch.where(alpha > FAINTEST / 5, alpha, 0.0).reshape(evidence.images.shape[2:])
     if float(alpha.max() - alpha.min()) < FAINTEST:
         return None
-    pattern = color[:, None, None].expand_as(middle).clone()
+    pattern = color[:, None, None].expand(evidence.images.shape[1:]).clone()
     w, b = evidence.discriminant
     shift = torch.zeros(1, 2, dtype=torch.int64)
     return Blended(alpha, pattern, shift, 1.0, 1, True, torch.zeros_like(pattern), w, b, 0.0)

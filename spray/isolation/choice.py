@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spray.isolation.artifact import Artifact
-from spray.isolation.blended import isolate_blended, isolate_shade, isolate_veil
+from spray.isolation.blended import isolate_blended, isolate_shade, isolate_shading, isolate_veil
 from spray.isolation.causal import Predictor, shows
 from spray.isolation.changed import Changed, isolate_background, isolate_change, isolate_faded
 from spray.isolation.evidence import Evidence
@@ -46,6 +46,7 @@ ISOLATORS: dict[str, Isolator] = {
     "blended": isolate_blended,
     "faded": isolate_faded,
     "shade": isolate_shade,
+    "shading": isolate_shading,
     "veil": isolate_veil,
     "change": isolate_change,
     "background": isolate_background,
@@ -66,7 +67,7 @@ SIMPLER = 0.01
 
 SAME_CONTENT = ("near", "local", "scattered")
 """Isolators of the same piece of an image in all samples, which natural kinds of images don't have."""
-WHOLE = ("faded", "shade", "veil", "change", "background")
+WHOLE = ("faded", "shade", "shading", "veil", "change", "background")
 """Isolators that explain a cluster by a change of the whole image."""
 PARTS = tuple(name for name in ISOLATORS if name not in (*WHOLE, "donated"))
 """Isolators of something that is on the image, with content or a shape of its own. Cut-outs of few samples, against few
@@ -199,6 +200,11 @@ class Trial:
         """Whether it may be an artifact though it was isolated from the very samples that it was recognized in."""
         sure = self.left <= CONFIRMED and self.separation >= SHARP and self.artifact.replaced <= CHANGED
         return self.accounts and sure
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is no need to look for a better one: it accounts for the samples and leaves hardly anything."""
+        return self.accounts and self.left <= CONFIRMED
 
     @property
     def unnatural(self) -> bool:
