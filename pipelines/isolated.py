@@ -46,7 +46,7 @@ def load_scores(path: Path) -> np.ndarray:
     """Return each image's score, float64 (N,), from `scores.csv` or `test_scores.csv`."""
     with path.open(newline="") as file:
         table = csv.reader(file)
-        next(table)
+        next(table, None)
         rows = [(int(index), float(score)) for index, score in table]
     scores = np.full(len(rows), -np.inf)
     for index, score in rows:
