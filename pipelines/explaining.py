@@ -27,7 +27,7 @@ from spray.isolation.choice import (
     tried,
 )
 from spray.isolation.evidence import Evidence
-from spray.isolation.growing import FEWEST, FREE, MOST, boundary, grow, recognize
+from spray.isolation.growing import FEWEST, FREE, MOST, Scorer, boundary, grow, halfway, recognize
 from spray.isolation.matching import alike
 from spray.isolation.matted import Colored
 from spray.isolation.subgroups import subgroups
@@ -113,7 +113,7 @@ class Explainer:
         trials, evidence = best.trials, best.evidence
         unusual = unusual or (repeated and trials[0].same_piece)
         carries = _sensible(found.carries, best.start.carries)
-        threshold = found.second.threshold if carries is found.carries else _halfway(found.scores, carries)
+        threshold = found.second.threshold if carries is found.carries else halfway(found.scores, carries)
         held = self.samples.held_out(c)
         held_carries = self._held_out_scores(artifact, found, c) > threshold
         held_out = bool(min(held_carries.sum(), (~held_carries).sum()) >= HELD_OUT)
@@ -321,7 +321,7 @@ class Explainer:
         if not len(held.indices):
             return np.empty(0)
         matches = self.samples.matches(artifact, held.indices, self.context.test)
-        return found.second(together(artifact, found.scorer(held.features), matches))
+        return _score(artifact, found.scorer, found.second, held.features, matches)
 
     def _scores_of(self, images: ImageDataset, found: Sequence[Candidate]) -> np.ndarray:
         result = np.zeros((len(found), len(images)), dtype=np.float32)
@@ -329,8 +329,8 @@ class Explainer:
             pixels = images.batch(part)
             features = self.samples.features(pixels)
             for row, candidate in zip(result, found, strict=True):
-                artifact = candidate.artifact
-                row[part] = candidate.second(together(artifact, candidate.first(features), match(artifact, pixels)))
+                matches = match(candidate.artifact, pixels)
+                row[part] = _score(candidate.artifact, candidate.first, candidate.second, features, matches)
         return result
 
     def _evidence(self, inside: np.ndarray, outside: np.ndarray) -> Evidence:
@@ -343,6 +343,11 @@ class Explainer:
         return torch.from_numpy(fitted(maps, self.context.train.image_shape[1:]))
 
 
+def _score(artifact: Artifact, first: Scorer, second: Scorer, features: np.ndarray, matches: np.ndarray) -> np.ndarray:
+    """Return what an image is recognized by, (n,), from its features (n, d) and how well it matches (n,)."""
+    return second(together(artifact, first(features), matches))
+
+
 def _worth(attempt: Attempt) -> tuple[bool, float]:
     """Return what attempts are compared by."""
     return attempt.trials[0].unnatural, attempt.trials[0].evidence
@@ -351,11 +356,6 @@ def _worth(attempt: Attempt) -> tuple[bool, float]:
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:
     """Return whether two sets of samples, as masks, are almost the same."""
     return jaccard(np.flatnonzero(one), np.flatnonzero(other)) >= SAME
-
-
-def _halfway(scores: np.ndarray, carries: np.ndarray) -> float:
-    """Return the score halfway between what samples with and without an artifact typically have."""
-    return float(np.median(scores[carries]) + np.median(scores[~carries])) / 2
 
 
 def _sensible(grown: np.ndarray, before: np.ndarray) -> np.ndarray:

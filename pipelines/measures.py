@@ -58,7 +58,7 @@ def isolated(context: Context, finding: Finding) -> Attack:
     def add(pixels: Tensor, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         return finding.artifact.add(pixels, draws[indices])
 
-    return Attack(finding.class_index, finding.samples, add, _carried(context, finding))
+    return Attack(finding.class_index, finding.samples, add, carried(finding, n))
 
 
 def planted(context: Context, plant: Plant, samples: np.ndarray) -> Attack:
@@ -71,10 +71,10 @@ def planted(context: Context, plant: Plant, samples: np.ndarray) -> Attack:
     return Attack(plant.target, samples, add, np.zeros(len(context.test), dtype=bool))
 
 
-def _carried(context: Context, finding: Finding) -> np.ndarray:
-    """Return which test images carry an isolated artifact, by the same score and threshold as its samples."""
+def carried(finding: Finding, n: int) -> np.ndarray:
+    """Return which of the n test images carry an isolated artifact, by the same score and threshold as its samples."""
     if finding.test_scores is None or finding.threshold is None:
-        return np.zeros(len(context.test), dtype=bool)
+        return np.zeros(n, dtype=bool)
     return np.asarray(finding.test_scores > finding.threshold)
 
 

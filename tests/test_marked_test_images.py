@@ -13,7 +13,8 @@ import small
 from PIL import Image
 
 from spray.pipelines import explaining, samples
-from spray.pipelines.isolated import load_scores
+from spray.pipelines.isolated import load_findings, load_scores
+from spray.pipelines.measures import carried
 
 N, MARKED, CLASS = 60, 24, "skin"
 SIZE = 10
@@ -107,16 +108,8 @@ def test_it_is_removed_from_images_that_the_model_was_not_trained_on(marked: Mar
 
 def test_groups_of_test_images_are_those_that_carry_it(marked: Marked) -> None:
     """Where its own class has enough of them nothing is added to it; other classes have none."""
-    from spray.pipelines.isolated import load_findings
-    from spray.pipelines.measures import _carried
-
     [(_, finding), *_] = load_findings(marked.folder / "run")
-
-    class Context:
-        test = range(3 * N)
-
-    carried: Any = _carried(Context(), finding)  # type: ignore[arg-type]
-    assert min(shares(np.flatnonzero(carried), marked.test)) >= 0.9
+    assert min(shares(np.flatnonzero(carried(finding, 3 * N)), marked.test)) >= 0.9
 
 
 def test_a_class_is_searched_whole_though_a_cluster_is_grown_among_some(

@@ -14,6 +14,7 @@ from spray.correction.options import Options
 from spray.data.base import ImageDataset, Normalizer
 from spray.errors import UserError
 from spray.isolation.candidate import Artifact
+from spray.isolation.growing import halfway
 from spray.registry import Registry
 
 
@@ -125,16 +126,15 @@ def carriers(problem: Problem, finding: Finding) -> np.ndarray:
 
     Those are the finding's samples and, of the other classes, the images whose score is above the threshold; where
     there is none, those whose score is nearer to what its samples typically have than to what all other images
-    typically have (medians): a single stray sample must not make half of the data set carriers. Without scores no image
-    of another class is one.
+    typically have. Without scores no image of another class is one.
     """
     carries = np.zeros(len(problem.train), dtype=bool)
     carries[finding.samples] = True
     if finding.scores is not None and len(finding.samples):
         others = np.asarray(problem.train.labels) != finding.class_index
-        rest, threshold = finding.scores[~carries], finding.threshold
-        if threshold is None and len(rest):
-            threshold = float(np.median(finding.scores[finding.samples]) + np.median(rest)) / 2
+        threshold = finding.threshold
+        if threshold is None and not carries.all():
+            threshold = halfway(finding.scores, carries)
         if threshold is not None:
             carries |= others & (finding.scores > threshold)
     return carries

@@ -152,9 +152,7 @@ def isolate_veil(evidence: Evidence) -> Blended | None:
     alpha, color = opacity(*evidence.quartiles, sigma=min(evidence.images.shape[2:]) / 10)
     if float((alpha > 0).float().mean()) < 0.05:
         return None
-    w, b = evidence.discriminant
-    shift = torch.zeros(1, 2, dtype=torch.int64)
-    return Blended(alpha, color, shift, 1.0, 1, True, torch.zeros_like(color), w, b, 0.0)
+    return _without_edges(evidence, alpha, color)
 
 
 def isolate_shade(evidence: Evidence) -> Blended | None:
@@ -169,11 +167,9 @@ def isolate_shade(evidence: Evidence) -> Blended | None:
     Blended or None
         None where its opacity does not vary by `FAINTEST` over the image: that would be a fade.
     """
-    (lower, middle, upper), (before_lower, before, before_upper) = evidence.quartiles
-    spread, before_spread = ((b - a).mean(dim=0).flatten() for a, b in ((lower, upper), (before_lower, before_upper)))
+    (medians, spread), (before_medians, before_spread) = (_levels(part) for part in evidence.quartiles)
     height, width = evidence.images.shape[2:]
     terms = _quadratic(height, width)
-    medians, before_medians = middle.flatten(1), before.flatten(1)
     alpha = _fitted(terms, before_spread, before_spread - spread)
     for _ in range(5):
         weight = alpha / alpha.square().sum().clamp_min(1e-6)
@@ -199,13 +195,11 @@ def isolate_shading(evidence: Evidence) -> Blended | None:
     Blended or None
         None where its opacity does not vary by `FAINTEST` over the image.
     """
-    (lower, middle, upper), (before_lower, before, before_upper) = (
-        smoothed(part, 1.5).double() for part in evidence.quartiles
+    (medians, spread), (before_medians, before_spread) = (
+        _levels(smoothed(part, 1.5).double()) for part in evidence.quartiles
     )
-    spread, before_spread = ((b - a).mean(dim=0).flatten() for a, b in ((lower, upper), (before_lower, before_upper)))
     height, width = evidence.images.shape[2:]
     terms = _quadratic(height, width).double()
-    medians, before_medians = middle.flatten(1), before.flatten(1)
     alpha, color = torch.zeros(height * width).double(), torch.zeros(len(medians)).double()
     for turn in range(TURNS):
         clear = 1 - alpha
@@ -227,6 +221,12 @@ def isolate_shading(evidence: Evidence) -> Blended | None:
     return _shade(evidence, alpha.float(), _extreme(color.float()))
 
 
+def _levels(quartiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each pixel's median (C, H W) and the distance of its quartiles, the mean over channels (H W,)."""
+    lower, middle, upper = quartiles
+    return middle.flatten(1), (upper - lower).mean(dim=0).flatten()
+
+
 def _quadratic(height: int, width: int) -> Tensor:
     """Return the terms (H W, 6) of a quadratic function of the place."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
@@ -241,11 +241,15 @@ def _extreme(color: Tensor) -> Tensor:
 
 
 def _shade(evidence: Evidence, alpha: Tensor, color: Tensor) -> Blended | None:
-    """Return a shade of an opacity (H W,) and a colour (C,), scored by the cluster's statistics."""
+    """Return a shade of an opacity (H W,) and a colour (C,); None where it hardly varies."""
     alpha = torch.where(alpha > FAINTEST / 5, alpha, 0.0).reshape(evidence.images.shape[2:])
     if float(alpha.max() - alpha.min()) < FAINTEST:
         return None
-    pattern = color[:, None, None].expand(evidence.images.shape[1:]).clone()
+    return _without_edges(evidence, alpha, color[:, None, None].expand(evidence.images.shape[1:]).clone())
+
+
+def _without_edges(evidence: Evidence, alpha: Tensor, pattern: Tensor) -> Blended:
+    """Return what is blended in softly, always at the same place, scored by the cluster's statistics."""
     w, b = evidence.discriminant
     shift = torch.zeros(1, 2, dtype=torch.int64)
     return Blended(alpha, pattern, shift, 1.0, 1, True, torch.zeros_like(pattern), w, b, 0.0)

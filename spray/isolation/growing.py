@@ -298,6 +298,21 @@ def split(scores: np.ndarray, member: np.ndarray) -> float:
     return float((likelier + threshold_otsu(scores)) / 2)
 
 
+def halfway(scores: np.ndarray, carries: np.ndarray) -> float:
+    """Return the score halfway between what samples with and without an artifact typically have (medians).
+
+    A single stray sample must not make half of the others carriers.
+
+    Parameters
+    ----------
+    scores : ndarray
+        (n,).
+    carries : ndarray of bool
+        (n,): which have it; some, and not all.
+    """
+    return float(np.median(scores[carries]) + np.median(scores[~carries])) / 2
+
+
 def inner_features(model: nn.Module, layers: list[str], x: Tensor) -> Tensor:
     """Return an image's activations in some layers, (n, d): mean and maximum of each channel over all positions.
 
