@@ -1,19 +1,19 @@
-"""The cells of `hans_bench.py`: which runs of `spray` there are, in which order, and how one is made."""
+"""The cells of `hans_bench.py`: which runs of `spray` there are, and how one is made."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
 from typing import Any
 
 from spray.storage import write_text
@@ -24,8 +24,6 @@ CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 STAGES = "stages=[train,attribute,analyze,rank,isolate,correct,verify]"
 CEILINGS = "ceilings"
 """Models trained on clean data, shared by all cells of a set and a seed."""
-LOCKS: dict[str, Lock] = defaultdict(Lock)
-"""By a cell's name, held while `spray` works in its folder, which two runs can't do at a time."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,6 @@ BIASES: dict[str, dict[str, Any]] = {
 which is planted like the other kinds; wrong labels in the whole set; and a kind of sample that training never saw. The
 last two are no artifact on images: a verdict is a false one there, and a correction has nothing to correct."""
 BIAS_RATES = {"corruption": 0.2, "mislabel": 0.2, "missing": 0.5}
-RATES = (0.2, 0.5, 0.1, 0.05, 0.01)
-SEEDS = (0, 1, 2)
-CLEAN_SEEDS = tuple(range(8))
 METHODS = ("a_clarc", "p_clarc", "dfr")
 
 
@@ -174,55 +169,73 @@ class Cell:
         ]
 
 
-def cells(
-    sets: Sequence[str] = tuple(SETS),
-    kinds: Sequence[str] = tuple(KINDS),
-    rates: Sequence[float] = RATES,
-    seeds: Sequence[int] = SEEDS,
-    clean_seeds: Sequence[int] = CLEAN_SEEDS,
-    arms: Sequence[str] = ARMS,
-) -> list[Cell]:
-    """Return the cells, such that what says most comes first.
-
-    First every kind once on the first set, then the clean models, the artifact in all classes and the three biases,
-    then the other sets, then other seeds and other rates.
-    """
-    return [cell for cell in dict.fromkeys(_all(sets, kinds, rates, seeds, clean_seeds)) if cell.arm in arms]
-
-
-def _all(
-    sets: Sequence[str],
-    kinds: Sequence[str],
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    clean_seeds: Sequence[int],
-) -> Iterator[Cell]:
-    rate, seed = rates[0], seeds[0]
-    for dataset in sets:
-        yield from (Cell(dataset, seed, "planted", kind, rate) for kind in kinds)
-        yield from (Cell(dataset, other) for other in clean_seeds[:4])
-        yield from (Cell(dataset, seed, "everywhere", kind, rate) for kind in kinds[:1])
-        yield from (biased(dataset, seed, kind) for kind in BIASES)
-    yield from (Cell(dataset, other) for other in clean_seeds[4:] for dataset in sets)
-    for other in rates[1:]:
-        yield from (Cell(dataset, seed, "planted", kind, other) for dataset in sets for kind in kinds)
-    for other in seeds[1:]:
-        for each in rates:
-            yield from (Cell(dataset, other, "planted", kind, each) for dataset in sets for kind in kinds)
-    yield from (Cell(dataset, seed, "everywhere", kind, rate) for dataset in sets for kind in kinds)
-
-
 def biased(dataset: str, seed: int, kind: str) -> Cell:
     """Return the cell of one of the `BIASES`."""
     return Cell(dataset, seed, "planted" if kind == "corruption" else "biased", kind, BIAS_RATES[kind])
+
+
+def named(dataset: str, kind: str, rate: float = 0.2, seed: int = 0, everywhere: bool = False) -> Cell:
+    """Return the cell of a set of images and what is planted in it: one of `KINDS`, of `BIASES`, or `none`."""
+    if kind == "none":
+        return Cell(dataset, seed)
+    if kind in BIASES:
+        return biased(dataset, seed, kind)
+    return Cell(dataset, seed, "everywhere" if everywhere else "planted", kind, rate)
+
+
+def order(cell: Cell) -> tuple[float, ...]:
+    """Return what cells are sorted by in tables."""
+    kinds = ["", *KINDS, *BIASES]
+    places = list(SETS).index(cell.dataset), ARMS.index(cell.arm), kinds.index(cell.kind)
+    return (*places[:2], cell.seed, -cell.rate, places[2])
 
 
 class CellError(Exception):
     """A cell that could not be made; the message is one line that says why."""
 
 
+@contextmanager
+def held(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a cell's folder, in which no two commands can work at a time, while the block runs.
+
+    Parameters
+    ----------
+    folder : Path
+        It is made.
+    wait : bool
+        Until no other process holds it.
+
+    Yields
+    ------
+    bool
+        False if another holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".cell.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def is_done(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str], relying: bool) -> bool:
+    """Return whether a cell was made with just this configuration; if `relying`, as far as its model relies on it.
+
+    Raises
+    ------
+    CellError
+        If what is kept of it can't be read.
+    """
+    record = read_record(out / cell.name)
+    if record is None or record["overrides"] != [*cell.overrides(out, methods), *more]:
+        return False
+    return relying or "idle" not in record
+
+
 def make(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:
-    """Run a cell; return what `cell.json` says of it, which is there already where the same had been done.
+    """Run a cell, whose folder is held; return what `cell.json` says from then on.
 
     Returns
     -------
@@ -236,16 +249,11 @@ def make(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str] = ()
     """
     folder = out / cell.name
     overrides = [*cell.overrides(out, methods), *more]
-    record = read_record(folder)
-    if record is not None and record["overrides"] == overrides and "idle" not in record:
-        return record
     shared = out / CEILINGS / f"{cell.dataset}-seed{cell.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     if shared.is_dir() and not (folder / "ceiling").exists():
         _copy(shared, folder / "ceiling", out / CEILINGS)
-    with LOCKS[cell.name]:
-        start = time.monotonic()
-        spray(overrides)
+    start = time.monotonic()
+    spray(overrides)
     record = asdict(cell) | {"overrides": overrides, "seconds": round(time.monotonic() - start, 1)}
     if (folder / "ceiling").is_dir() and not shared.exists():
         _copy(folder / "ceiling", shared, out / CEILINGS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hans_tables import grouped
+
+from spray.storage import write_bytes
 
 Row = Mapping[str, Any]
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
@@ -35,8 +38,11 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
+    # Another command may be at the same figure.
+    write_bytes(path, drawn.getvalue())
     return path
 
 

@@ -31,11 +31,13 @@ def idle(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str]) -> 
         If a training fails.
     """
     overrides = [*cell.overrides(out, methods), *more]
-    record = hans_cells.read_record(out / cell.name)
-    if record is not None and record["overrides"] == overrides:
-        return record if "idle" in record else None
     poisoned = _trained(cell, out, methods, more)
-    clean = _trained(Cell(cell.dataset, cell.seed), out, methods, more)
+    twin = Cell(cell.dataset, cell.seed)
+    clean = _up_to_date(twin, out, methods, more)
+    if clean is None:
+        # A clean model is trained once, whichever cell asks first; its own cell may be at it.
+        with hans_cells.held(out / twin.name, wait=True):
+            clean = _trained(twin, out, methods, more)
     facts = _accuracies(poisoned, clean.model)
     if relies(*facts):
         return None
@@ -46,19 +48,15 @@ def idle(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str]) -> 
 
 def _trained(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str]) -> Any:
     """Return the context of a cell whose model is trained with just this configuration."""
-    folder, overrides = out / cell.name, [*cell.overrides(out, methods), *more]
-    context = _up_to_date(folder, overrides)
+    context = _up_to_date(cell, out, methods, more)
     if context is None:
-        # A clean model is trained once, whichever cell asks first; its own cell may be at it.
-        with hans_cells.LOCKS[cell.name]:
-            context = _up_to_date(folder, overrides)
-            if context is None:
-                hans_cells.spray([*overrides, "stages=[train]"])
-                context = configured(folder, overrides)
+        overrides = [*cell.overrides(out, methods), *more]
+        hans_cells.spray([*overrides, "stages=[train]"])
+        context = configured(out / cell.name, overrides)
     return context
 
 
-def _up_to_date(folder: Path, overrides: Sequence[str]) -> Any | None:
+def _up_to_date(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str]) -> Any | None:
     """Return the context of a cell whose model needs no training, None if it does.
 
     That is for `spray` to say: a `model.pt` may be there from other overrides. It is asked here, not by a start of the
@@ -68,9 +66,10 @@ def _up_to_date(folder: Path, overrides: Sequence[str]) -> Any | None:
     from spray.pipelines.runner import decide, find_inputs
     from spray.pipelines.stages import load
 
+    folder = out / cell.name
     if not (folder / "model.pt").exists():
         return None
-    context = configured(folder, overrides)
+    context = configured(folder, [*cell.overrides(out, methods), *more])
     stages = load(["train"], context.config)
     (decision,) = decide(context, ["train"], stages, Record(folder), find_inputs(context))
     return context if decision.reason is None else None

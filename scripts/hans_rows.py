@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -84,14 +83,18 @@ OF_TRUE_ARTIFACT = (
     "tcav_sensitivity",
 )
 RELIES = 0.05
-_COMPOSING = Lock()
 OVERLAP = 0.5
 """Least share of an artifact's samples that must carry a planted one for it not to be a false alarm."""
 
 
+def cell_of(record: Mapping[str, Any]) -> Cell:
+    """Return the cell that a record is of."""
+    return Cell(*(record[key] for key in ("dataset", "seed", "arm", "kind", "rate")))
+
+
 def rows_of(record: Mapping[str, Any], out: Path) -> list[dict[str, Any]]:
     """Return a cell's rows, computed once."""
-    cell = Cell(*(record[key] for key in ("dataset", "seed", "arm", "kind", "rate")))
+    cell = cell_of(record)
     folder = out / cell.name
     path = folder / "rows.json"
     stamp = [VERSION, (folder / "cell.json").stat().st_mtime_ns]
@@ -290,9 +293,8 @@ class _Configured:
 
 
 def configured(folder: Path, overrides: Sequence[str]) -> Any:
-    """Return the context of a cell that was run with this configuration; Hydra composes one at a time."""
-    with _COMPOSING:
-        return context_of(_Configured(folder.name, tuple(overrides)), folder.parent)
+    """Return the context of a cell that was run with this configuration."""
+    return context_of(_Configured(folder.name, tuple(overrides)), folder.parent)
 
 
 def images_of(folder: Path, overrides: Sequence[str]) -> Any:

@@ -10,36 +10,74 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
+import hans
 import hans_bench
 import hans_cases
 import hans_cells
-import hans_reliance
 import hans_rows
 import hans_tables
+import numpy as np
+import pytest
 from hans_cells import KINDS, SETS, Cell
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from spray.data.plant_kinds import KINDS as PLANTED
 from spray.data.plant_options import read_plants
 
 
-def test_every_kind_comes_once_first_then_clean_models() -> None:
-    cells = hans_cells.cells()
-    assert [cell.kind for cell in cells[: len(KINDS)]] == list(KINDS)
-    assert {cell.arm for cell in cells[: len(KINDS)]} == {"planted"}
-    assert [cell.arm for cell in cells[len(KINDS) : len(KINDS) + 5]] == ["clean"] * 4 + ["everywhere"]
-    biased = [(cell.arm, cell.kind) for cell in cells[len(KINDS) + 5 : len(KINDS) + 8]]
-    assert biased == [("planted", "corruption"), ("biased", "mislabel"), ("biased", "missing")]
-    assert len({cell.name for cell in cells}) == len(cells)
-    wanted = {(d, k, r, s) for d in SETS for k in KINDS for r in hans_cells.RATES for s in hans_cells.SEEDS}
-    assert {(c.dataset, c.kind, c.rate, c.seed) for c in cells if c.arm == "planted" and c.kind in KINDS} == wanted
+def test_the_sweep_is_over_every_kind_on_every_set() -> None:
+    config = OmegaConf.load(hans_cells.HERE / "hans_bench.yaml")
+    swept = [f"{key}={values}" for key, values in config.hydra.sweeper.params.items()]
+    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(swept), None)
+    cells = []
+    for job in jobs:
+        given = dict(each.split("=") for each in job)
+        assert given["everywhere"] == "False"
+        cells.append(hans_cells.named(given["dataset"], given["kind"], float(given["rate"]), int(given["seed"])))
+    first = cells[: 1 + len(KINDS)]
+    assert first == [Cell("photos32", 0), *(Cell("photos32", 0, "planted", kind, 0.2) for kind in KINDS)]
+    rates, seeds = (0.2, 0.5, 0.1, 0.05, 0.01), (0, 1, 2)
+    wanted = {Cell(d, s, "planted", k, r) for d in SETS for k in KINDS for r in rates for s in seeds}
+    wanted |= {Cell(d, s) for d in SETS for s in seeds}
+    wanted |= {hans_cells.biased(d, s, k) for d in SETS for s in seeds for k in hans_cells.BIASES}
+    assert set(cells) == wanted
     assert {options["kind"] for options in ({"kind": k} | v for k, v in KINDS.items())} == {
         name for name in PLANTED.names() if name not in ("mislabel", "missing")
     }
+
+
+def test_cells_are_named_by_their_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hans_bench.tell.cache_clear()
+    given = ("dataset=fashion", "kind=none,tag,missing", "rate=0.05,0.5", "seed=3", "everywhere=true")
+    assert hans.run(monkeypatch, "plan=true", f"out={tmp_path}", *given) == 0
+    assert capsys.readouterr().out.split() == [
+        "fashion-clean-seed3",
+        "fashion-everywhere-tag-05-seed3",
+        "fashion-biased-missing-50-seed3",
+        "fashion-everywhere-tag-50-seed3",
+    ]
+
+
+def test_cells_are_told_in_one_order() -> None:
+    cells = [Cell("photos32", 1), Cell("photos32", 0, "planted", "box", 0.2), Cell("fashion", 0)]
+    cells += [Cell("photos32", 0, "planted", kind, rate) for kind in ("blur", "tag") for rate in (0.1, 0.5)]
+    cells += [hans_cells.biased("photos32", 0, kind) for kind in hans_cells.BIASES]
+    assert [cell.name for cell in sorted(cells, key=hans_cells.order)] == [
+        "photos32-planted-tag-50-seed0",
+        "photos32-planted-blur-50-seed0",
+        "photos32-planted-box-20-seed0",
+        "photos32-planted-corruption-20-seed0",
+        "photos32-planted-tag-10-seed0",
+        "photos32-planted-blur-10-seed0",
+        "photos32-clean-seed1",
+        "photos32-biased-missing-50-seed0",
+        "photos32-biased-mislabel-20-seed0",
+        "fashion-clean-seed0",
+    ]
 
 
 @pytest.mark.parametrize("dataset", SETS)
@@ -228,32 +266,44 @@ def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:
     assert (rows[0]["cell"], rows[0]["attacked_accuracy"], rows[0]["tcav"]) == ("good", "0.2", "")
 
 
-def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["isolate.per_class=1", "--list", "--sets", "fashion", "--arms", "clean", "verify.recheck=false"]
-    assert hans_bench.main(given) == 0
-    assert all(name.startswith("fashion-clean") for name in capsys.readouterr().out.split())
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("kind=tga", "band_aid"), ("dataset=photos16", "photos64"), ("rate=many", "rate"), ("lots=1", "lots")],
+)
+def test_a_mistake_is_told_before_anything_is_made(tmp_path: Path, given: str, said: str) -> None:
+    command = [sys.executable, hans_bench.__file__, f"out={tmp_path / 'out'}", "seed=0", given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out/*/"))
 
 
-def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        hans_bench.main(["--lots", "--list"])
-    assert "--lots" in capsys.readouterr().err
-
-
-def test_a_failed_cell_is_told_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    only = ["--only", "photos32-clean-seed0", "--out", str(tmp_path), "dataset.per_class=none"]
-    assert hans_bench.main(only) == 1
-    text = capsys.readouterr().out
-    assert "photos32-clean-seed0: spray: error" in text
+def test_a_failed_cell_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ("dataset=photos32", "kind=none", "rate=0.2", "seed=0", f"out={tmp_path}")
+    assert hans.run(monkeypatch, *only, 'overrides=["dataset.per_class=none"]') == 1
+    assert "photos32-clean-seed0: spray: error" in capsys.readouterr().out
     assert not (tmp_path / "photos32-clean-seed0/cell.json").exists()
+    assert hans.run(monkeypatch, *only, 'overrides=["plan=true"]') == 1  # a run without files gives no rows
+    assert "photos32-clean-seed0: FileNotFoundError" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_the_quick_study(tmp_path: Path) -> None:
-    command = [sys.executable, hans_bench.__file__, "--quick", "--jobs", "2", "--out", str(tmp_path)]
+    command = [sys.executable, hans_bench.__file__, "--config-name", "hans_quick", f"out={tmp_path}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert said.returncode == 0, said.stderr
+    # Twice at once: what the one is at the other passes over.
+    beside = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    errors = [done.stderr, beside.communicate()[1]]
+    assert [done.returncode, beside.returncode] == [0, 0], errors
+    assert sorted(line.rpartition(": ")[0] for said in errors for line in said.splitlines() if line.endswith(" s")) == [
+        "photos32-clean-seed0",
+        "photos32-planted-tag-20-seed0",
+    ]
+    assert "another process is at it" in "".join(errors)
     with (tmp_path / "hans.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     planted = {row["model"]: row for row in rows if row["arm"] == "planted"}
@@ -275,7 +325,8 @@ def test_the_quick_study(tmp_path: Path) -> None:
     # Done cells are passed over.
     again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert again.returncode == 0
-    assert again.stdout == said.stdout
+    assert again.stdout == (tmp_path / "summary.md").read_text() + "\n"
+    assert "1 planted, 1 clean" in again.stdout
     assert folder.joinpath("rows.json").stat().st_mtime < (tmp_path / "hans.csv").stat().st_mtime
 
 
@@ -287,7 +338,8 @@ def test_a_cell_whose_model_does_not_rely_ends_with_its_training(tmp_path: Path)
     folder = tmp_path / cell.name
     folder.mkdir()
     (folder / "cell.json").write_text(json.dumps(record))
-    assert hans_reliance.idle(cell, tmp_path, ("a_clarc",), []) == record
+    study = hans_bench.Study(methods=["a_clarc"], relying=True)
+    assert hans_bench.attempt(cell, study, tmp_path) == hans_bench.DONE
     rows = hans_rows.rows_of(record, tmp_path)
     assert [row["relies"] for row in rows] == [False]
     said = hans_tables.summary(rows)

@@ -15,16 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Barrier, Event
+from types import SimpleNamespace
 from typing import Any
 
-import pytest
-import small
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
+import hans
 import hans_bench
 import hans_cells
 import hans_reliance
+import pytest
+import small
 from hans_cells import Cell
 
 TINY = """\
@@ -111,12 +110,15 @@ def test_a_clean_model_that_its_own_cell_is_training_is_waited_for(
         return small.Outcome(0, "", "")
 
     instead_of_spray(monkeypatch, spray)
-    monkeypatch.setattr(hans_reliance, "configured", lambda folder, overrides: None)
+    monkeypatch.setattr(hans_reliance, "configured", lambda folder, overrides: SimpleNamespace(model=None))
+    monkeypatch.setattr(hans_reliance, "_accuracies", lambda context, clean: [0.9, 0.1, 0.9])
     with ThreadPoolExecutor(1) as pool:
-        made = pool.submit(hans_cells.make, clean, tmp_path, ("a_clarc",))
+        made = pool.submit(hans_bench.attempt, clean, hans_bench.Study(), tmp_path)
         assert begun.wait(10)
-        hans_reliance._trained(clean, tmp_path, ("a_clarc",), [])
-        assert made.result()["seconds"] > 0
+        # Meanwhile no other command takes the cell.
+        assert hans_bench.attempt(clean, hans_bench.Study(), tmp_path) == "another process is at it"
+        assert hans_reliance.idle(Cell("photos32", 0, "planted", "tag", 0.2), tmp_path, ("a_clarc",), []) is None
+        assert made.result() == "0 s"
 
 
 def test_a_training_that_fails_ends_its_cell_alone(
@@ -129,8 +131,9 @@ def test_a_training_that_fails_ends_its_cell_alone(
         return small.Outcome(2, "", "a warning\nspray: error: no luck today\n")
 
     instead_of_spray(monkeypatch, spray)
+    given = ("relying=true", f"out={tmp_path}", "dataset=photos32", "kind=tag,box", "rate=0.2", "seed=0")
+    assert hans.run(monkeypatch, *given) == 1
     names = [Cell("photos32", 0, "planted", kind, 0.2).name for kind in ("tag", "box")]
-    assert hans_bench.main(["--relying", "--out", str(tmp_path), "--only", *names]) == 1
     text = capsys.readouterr().out
     assert [f"- {name}: spray: error: no luck today" in text for name in names] == [True, True]
     assert len(asked) == 2
@@ -155,8 +158,8 @@ def test_what_goes_wrong_in_one_cell_is_told_and_the_others_go_on(
     monkeypatch.setattr(
         hans_cells, "make", lambda cell, *more: record_of(cell, tmp_path) if cell == good else make(cell, *more)
     )
-    given = ["--jobs", "2", "--out", str(tmp_path), "--only", *(cell.name for cell in cells)]
-    assert hans_bench.main(given) == 1
+    given = (f"out={tmp_path}", "dataset=photos32", "kind=none", "rate=0.2", "seed=0,1,2,3")
+    assert hans.run(monkeypatch, *given) == 1
     text = capsys.readouterr().out
     assert f"- {full.name}: OSError: [Errno 28] No space left on device\n" in text
     assert f"- {damaged.name}: {tmp_path / damaged.name / 'cell.json'} is damaged" in text
@@ -171,7 +174,7 @@ def test_cells_that_end_together_share_one_ceiling(tmp_path: Path, monkeypatch: 
 
     def spray(overrides: list[str]) -> small.Outcome:
         folder = Path(next(each for each in overrides if each.startswith("run_dir=")).partition("=")[2])
-        (folder / "ceiling").mkdir()
+        (folder / "ceiling").mkdir(parents=True)
         (folder / "ceiling" / "model.pt").write_text("weights")
         return small.Outcome(0, "", "")
 
@@ -188,30 +191,29 @@ def test_cells_that_end_together_share_one_ceiling(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "ceilings/photos32-seed0/model.pt").read_text() == "weights"
 
 
-def test_a_stopped_study_begins_no_further_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_study_begins_no_further_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     begun = []
 
     def make(cell: Cell, *more: Any) -> dict[str, Any]:
         begun.append(cell)
-        time.sleep(0.3)
-        return record_of(cell, tmp_path)
-
-    def interrupted(*given: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hans_cells, "make", make)
-    monkeypatch.setattr(hans_bench, "report", interrupted)
-    names = [Cell("photos32", seed).name for seed in range(8)]
-    assert hans_bench.main(["--out", str(tmp_path), "--only", *names]) == 130
-    assert len(begun) <= 2
+    given = (f"out={tmp_path}", "dataset=photos32", "kind=none", "rate=0.2", "seed=0,1,2")
+    assert hans.run(monkeypatch, *given) == 130
+    assert len(begun) == 1
+    assert "the same command goes on from here" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_study_that_was_stopped_goes_on(tmp_path: Path, sent: signal.Signals) -> None:
     cells = [Cell("photos32", seed) for seed in (0, 1)]
-    command = [sys.executable, hans_bench.__file__, "--out", str(tmp_path), "--only", *(cell.name for cell in cells)]
-    command += ["dataset.per_class=60", "model.epochs=1", "isolate.n_tested=20", "isolate.candidates=1"]
+    small_one = '"dataset.per_class=60","model.epochs=1","isolate.n_tested=20","isolate.candidates=1"'
+    command = [sys.executable, hans_bench.__file__, f"out={tmp_path}", f"overrides=[{small_one}]"]
+    command += ["dataset=photos32", "kind=none", "rate=0.2", "seed=0,1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     path = tmp_path / cells[0].name / "run.json"
 
