@@ -72,6 +72,36 @@ def test_finds_the_place_in_every_image(world: World) -> None:
     assert overlap.min() >= 0.75
 
 
+def test_what_has_hard_edges_keeps_them(world: World) -> None:
+    assert set(world.artifact.mask.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("width", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("carrying", [1.0, 0.9])
+def test_soft_edges_are_as_soft_as_they_are(width: float, carrying: float) -> None:
+    y, x = np.mgrid[:32, :32]
+    true = torch.from_numpy(1 / (1 + np.exp((np.hypot(y - 8.3, x - 22.6) - 4.5) / width))).float()
+    color = torch.tensor([1.0, 0.8, 0.1])[:, None, None]
+    clean, other = scenes(60, 1), scenes(90, 0)
+    images = clean + true * (color - clean)
+    images[round(60 * carrying) :] = clean[round(60 * carrying) :]
+    artifact = isolate(images, heatmaps(60, 0, true), other, heatmaps(90, 1))
+    assert artifact is not None
+    assert artifact.constant
+    soft = (true > 0.35) & (true < 0.65)
+    assert ((artifact.mask > 0) & (artifact.mask < 1)).sum() >= soft.sum() / 2
+    assert (artifact.mask - true)[soft].abs().mean() < 0.2
+    hard = replace(artifact, mask=(artifact.mask > 0.5).float())
+    assert (artifact.mask - true).abs().sum() < 0.85 * (hard.mask - true).abs().sum()
+    assert (artifact.pattern - color)[:, artifact.mask > 0.5].abs().mean() < 0.1
+    # Added, it looks more as in the images that have it than with a hard edge.
+    n, draws = round(60 * carrying), np.arange(60)
+    around = (true > 0.1) & (true < 0.9)
+    errors = [(each.insert(clean, draws) - images)[:n, :, around].abs().mean() for each in (artifact, hard)]
+    assert errors[0] < 0.75 * errors[1]
+    assert artifact.score(images[:n]).min() > artifact.score(other).max() + 0.3
+
+
 def test_finds_the_content(world: World) -> None:
     artifact = world.artifact
     content, opacity = world.plant.mark(torch.zeros(1, 3, 32, 32), ["0:0"])

@@ -177,6 +177,28 @@ def congeal(images: Tensor, mask: Tensor, radius: int, rounds: int = 6) -> tuple
     return template, shift
 
 
+def exact(images: Tensor, shift: Tensor, template: Tensor, mask: Tensor, factor: int, radius: int) -> Tensor:
+    """Return shifts (n, 2), which were found in images made smaller by a factor, to the pixel.
+
+    Parameters
+    ----------
+    images : Tensor
+        (n, C, H, W).
+    shift : Tensor of int64
+        (n, 2), at most `radius`.
+    template, mask
+        As of `match`.
+    factor : int
+        How many pixels of the images one was: as far is looked.
+    radius : int
+        Largest shift.
+    """
+    if factor == 1:
+        return shift
+    moved = shifted(images, shift, radius)
+    return (shift + match(moved, template, mask, factor)[1]).clamp(-radius, radius)
+
+
 def match_anywhere(images: Tensor, template: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Find where each image comes closest to the masked part of a template, wherever that fits inside the image.
 

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spray.isolation.alignment import match, match_anywhere, shifted
+from spray.isolation.alignment import exact, match, match_anywhere, shifted
 from spray.registry import Registry
 
 SIDE = 64
 """Images with longer sides are matched at this size."""
+OPAQUE = 0.9
+"""Opacity from which on a pixel is matched: through an edge the image shows, which differs from one to the next."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Artifact:
     Attributes
     ----------
     mask : Tensor
-        (H, W) in [0, 1]: the artifact's opacity at its usual place.
+        (H, W) in [0, 1]: the artifact's opacity at its usual place, with the soft edges that its samples show.
     pattern : Tensor
         (C, H, W) in [0, 1]: its content there.
     shifts : Tensor of int64
@@ -50,6 +52,11 @@ class Artifact:
     constant: bool
 
     @property
+    def core(self) -> Tensor:
+        """Where (H, W) its content is always the same: the mask without soft edges."""
+        return self.mask * (self.mask >= OPAQUE)
+
+    @property
     def bound_to_a_place(self) -> bool:
         """Whether it could as well lie elsewhere: then it can be tried there too."""
         return float((self.mask > 0.05).float().mean()) <= 0.5
@@ -67,7 +74,8 @@ class Artifact:
 
     def found(self, images: Tensor) -> Tensor:
         """Return the mask (n, 1, H, W) at the place where each image (n, C, H, W) matches the pattern best."""
-        return self._moved(-self._match(images)[1])
+        shift = exact(images, self._match(images)[1], self.pattern, self.core, smaller(images)[1], self.radius)
+        return self._moved(-shift)
 
     def score(self, images: Tensor) -> Tensor:
         """Return how well images match: 1 is the pattern itself, 0 as far from it as the rest of the class.
@@ -137,7 +145,7 @@ class Artifact:
     def _match(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return each image's distance (n,) from the pattern and the shift (n, 2) at which it is smallest."""
         small, factor = smaller(images)
-        mask, pattern = smaller(self.mask[None, None])[0][0, 0], smaller(self.pattern[None])[0][0]
+        mask, pattern = smaller(self.core[None, None])[0][0, 0], smaller(self.pattern[None])[0][0]
         distance, shift = match(small, pattern, mask, -(-self.radius // factor))
         return distance, (shift * factor).clamp(-self.radius, self.radius)
 
@@ -160,7 +168,7 @@ class Scattered(Artifact):
         return False
 
     def _match(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return match_anywhere(images, self.pattern, self.mask)
+        return match_anywhere(images, self.pattern, self.core)
 
 
 def moved_masks(masks: Tensor, shift: Tensor, radius: int) -> Tensor:

@@ -12,8 +12,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from spray.isolation.alignment import congeal, match, shifted
-from spray.isolation.artifact import Artifact, smaller
+from spray.isolation.alignment import congeal, exact, match, shifted
+from spray.isolation.artifact import OPAQUE, Artifact, smaller
 from spray.isolation.statistics import median
 
 CONSISTENT = 0.3
@@ -35,6 +35,9 @@ CLEARLY = 0.4
 
 SMALLEST = 4
 """Fewest pixels of a part that others are compared with."""
+
+SOFT = 0.3
+"""Least opacity of a pixel at the artifact's edge that is told from none."""
 
 LARGEST = 0.5
 """An artifact covers at most so much of the image: what covers more is another image, not an addition to one."""
@@ -91,6 +94,10 @@ class Common:
         (H, W): where the images hardly differ from the pattern, while the rest does.
     distance : Tensor
         (H, W): by how much the rest does.
+    seen_through : Tensor
+        (H, W): how much the aligned images vary, as a share of what the others do.
+    aligned : tuple of Tensor
+        (n, C, H, W) and (m, C, H, W): the aligned images, and the others.
     radius : int
         Largest shift.
     """
@@ -101,6 +108,8 @@ class Common:
     shift: Tensor
     constant: Tensor
     distance: Tensor
+    seen_through: Tensor
+    aligned: tuple[Tensor, Tensor]
     radius: int
 
     def artifact(self, other_images: Tensor, near: bool = False) -> Artifact:
@@ -111,9 +120,60 @@ class Common:
             parts = (constant, self.pattern, self.distance)
             constant = torch.from_numpy(_ending_within(allowed, *(part.numpy() for part in parts)))
         mask, is_constant = _grow(self.region, constant, self.gain)
-        unscaled = Artifact(mask, self.pattern, self.shift, 1.0, self.radius, is_constant)
+        mask, pattern = self._softened(mask) if is_constant else (mask, self.pattern)
+        unscaled = Artifact(mask, pattern, self.shift, 1.0, self.radius, is_constant)
         scale = float((1 - unscaled.score(other_images)).median())
         return replace(unscaled, scale=max(scale, 1e-6))
+
+    def _softened(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mask and the pattern with soft edges, where the image shows through.
+
+        Behind an opacity α images vary by 1 - α of what others do, and are as much nearer to the pattern next to it.
+        Around the mask both have to say so; at its border either may say that it is opaque.
+        """
+        inside = mask.numpy() > 0
+        inner = ndimage.binary_erosion(inside, np.ones((3, 3)), border_value=1)
+        if not inner.any():
+            return mask, self.pattern
+        border, core = torch.from_numpy(inside & ~inner), torch.from_numpy(inner)
+        closer = self._closer(inside), self._closer(inner)
+        # Those of the cluster that don't carry it count as well; where it is fully opaque, they are all there is.
+        steady = 1 - self.seen_through
+        steady = (steady / steady[core].median().clamp_min(SOFT)).clamp_max(1)
+        reach, further = (
+            torch.from_numpy(ndimage.binary_dilation(inside, np.ones((3, 3)), iterations=n))
+            for n in (max(1, self.radius // 2), 2 * self.radius)
+        )
+        # What the cluster's images are like some way off, they are like without an artifact.
+        away = further & ~reach
+        around = torch.minimum(*(_beyond(share, away) for share in (steady, closer[0][0])))
+        at_border = torch.maximum(steady, closer[1][0])
+        soft = reach & ~(border | core) & (around >= SOFT)
+        labelled = ndimage.label(soft.numpy() | inside, np.ones((3, 3)))[0]
+        soft &= torch.from_numpy(np.isin(labelled, labelled[inside]))
+        thin = border & (at_border < OPAQUE)
+        if int((border & ~thin).sum() + core.sum()) < 0.25 * inside.sum():
+            return mask, self.pattern  # too little would be left to match
+        opacity = torch.where(soft, around.clamp_max(OPAQUE - 0.01), torch.where(thin, at_border, mask))
+        pattern = torch.where(soft, closer[0][1], torch.where(thin, closer[1][1], self.pattern))
+        return opacity, pattern
+
+    def _closer(self, part: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return how much nearer the images are than others to the pattern at the nearest place of a part (H, W).
+
+        As a share of the others' distance, (H, W), with that pattern, (C, H, W). What only some images are near to is
+        no soft edge, but was aligned badly.
+        """
+        nearest = ndimage.distance_transform_edt(~part, return_distances=False, return_indices=True)
+        content = self.pattern[:, nearest[0], nearest[1]]
+        own, others = (_differences(images, content, CARRIED) for images in self.aligned)
+        return 1 - own / others.clamp_min(1e-6), content
+
+
+def _beyond(share: Tensor, away: Tensor) -> Tensor:
+    """Return by how much of what is left to 1 a share (H, W) is greater than it typically is away from there."""
+    usual = share[away].median().clamp(0, 0.9) if away.any() else share.new_zeros(())
+    return (share - usual) / (1 - usual)
 
 
 def find_common(
@@ -129,9 +189,16 @@ def find_common(
     gain = relevance_gain(
         shifted(relevance[:, None], shift, radius)[:, 0], shifted(other_relevance[:, None], other_shift, radius)[:, 0]
     )
-    constant, distance = shared(shifted(images, shift, radius), shifted(other_images, other_shift, radius), pattern)
+    aligned, others = shifted(images, shift, radius), shifted(other_images, other_shift, radius)
+    constant, distance = shared(aligned, others, pattern)
     region = salient(gain) if (gain > 0).any() else region
-    return Common(region, gain, pattern, shift, constant, distance, radius)
+    seen_through = _deviation(aligned) / _deviation(others).clamp_min(1e-6)
+    return Common(region, gain, pattern, shift, constant, distance, seen_through, (aligned, others), radius)
+
+
+def _deviation(images: Tensor) -> Tensor:
+    """Return the mean absolute deviation from the median of each pixel (H, W), averaged over channels."""
+    return (images - median(images, dim=0)).abs().mean(dim=(0, 1))
 
 
 def _align(images: Tensor, other_images: Tensor, around: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,8 +208,12 @@ def _align(images: Tensor, other_images: Tensor, around: Tensor, radius: int) ->
     _, shift = congeal(small, where, -(-radius // factor))
     shift = (shift * factor).clamp(-radius, radius)
     pattern = median(shifted(images, shift, radius), dim=0)
+    for _ in range(2 if factor > 1 else 0):
+        shift = exact(images, shift, pattern, around, factor, radius)
+        pattern = median(shifted(images, shift, radius), dim=0)
     _, other_shift = match(smaller(other_images)[0], smaller(pattern[None])[0][0], where, -(-radius // factor))
-    return pattern, shift, (other_shift * factor).clamp(-radius, radius)
+    other_shift = (other_shift * factor).clamp(-radius, radius)
+    return pattern, shift, exact(other_images, other_shift, pattern, around, factor, radius)
 
 
 def shared(images: Tensor, other_images: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
