@@ -102,6 +102,22 @@ def test_soft_edges_are_as_soft_as_they_are(width: float, carrying: float) -> No
     assert artifact.score(images[:n]).min() > artifact.score(other).max() + 0.3
 
 
+@pytest.mark.parametrize("carrying", [1.0, 0.85])
+def test_a_line_around_it_is_no_soft_edge(carrying: float) -> None:
+    color, mask = torch.zeros(3, 32, 32), torch.zeros(32, 32)
+    color[:, 4:12, 18:26], mask[4:12, 18:26] = 0.2, 1
+    color[:, 5:11, 19:25] = torch.tensor([1.0, 0.8, 0.1])[:, None, None]
+    # On an even ground, of which only some of the others have anything else.
+    clean, other = (torch.where(torch.rand(n, 1, 1, 1, generator=torch.Generator().manual_seed(n)) < 0.3, part, 0.7)
+                    for n, part in ((60, scenes(60, 1)), (90, scenes(90, 0))))  # fmt: skip
+    images = clean + mask * (color - clean)
+    images[round(60 * carrying) :] = clean[round(60 * carrying) :]
+    artifact = isolate(images, heatmaps(60, 0, mask), other, heatmaps(90, 1))
+    assert artifact is not None
+    torch.testing.assert_close(artifact.mask, mask)
+    torch.testing.assert_close(artifact.pattern[:, mask > 0], color[:, mask > 0])
+
+
 def test_finds_the_content(world: World) -> None:
     artifact = world.artifact
     content, opacity = world.plant.mark(torch.zeros(1, 3, 32, 32), ["0:0"])

@@ -147,11 +147,14 @@ class Common:
         # What the cluster's images are like some way off, they are like without an artifact.
         away = further & ~reach
         around = torch.minimum(*(_beyond(share, away) for share in (steady, closer[0][0])))
-        at_border = torch.maximum(steady, closer[1][0])
+        at_border = torch.maximum(steady, closer[1][0]).clamp_min(1 - CONSISTENT)
         soft = reach & ~(border | core) & (around >= SOFT)
         labelled = ndimage.label(soft.numpy() | inside, np.ones((3, 3)))[0]
         soft &= torch.from_numpy(np.isin(labelled, labelled[inside]))
-        thin = border & (at_border < OPAQUE)
+        # A line around it, of another colour, is no mixture of what is inside and what is behind.
+        behind = median(self.aligned[1], dim=0)
+        mixed = behind + at_border * (closer[1][1] - behind)
+        thin = border & (at_border < OPAQUE) & ((self.pattern - mixed).abs().mean(dim=0) <= EDGE)
         if int((border & ~thin).sum() + core.sum()) < 0.25 * inside.sum():
             return mask, self.pattern  # too little would be left to match
         opacity = torch.where(soft, around.clamp_max(OPAQUE - 0.01), torch.where(thin, at_border, mask))
