@@ -24,6 +24,7 @@ Exit code 1 if a cell failed.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
@@ -77,6 +78,8 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     ConfigStore.instance().store("study_schema", Study)
     hans_report.Begun.out.clear()
+    # A run is a process of its own: it must not go on when this one is told to stop.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         hydra.main(config_path=here, config_name="hans_bench", version_base="1.3")(job)()
     except KeyboardInterrupt:
@@ -85,6 +88,8 @@ def main() -> int:
         stop_local_jobs()
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     failed = False
     for out in hans_report.Begun.out:
         failed |= bool(hans_report.write(out))
