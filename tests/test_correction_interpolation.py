@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from spray.correction import CORRECTIONS, Options, Problem, interpolation
 from spray.correction.base import CONTROL
-from spray.correction.choice import control, harms, validation
+from spray.correction.choice import Measure, control, harms, validation
 from spray.correction.interpolation import SHARES, between, stepped_back
 from spray.training import train
 
-METHODS = ("a_clarc", "group_balanced")
+FIRST = {"a_clarc": {"weight": 0.125}, "group_balanced": {}}
+"""What is tried first, beside the share of the way."""
+METHODS = tuple(FIRST)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_it_goes_back_as_far_as_clean_accuracy_asks_for_and_says_so(world: World
     assert not fine[0], "all of the way must cost"
     assert any(fine)
     share = SHARES[fine.index(True)]
-    model = stepped_back(problem, pushed(3.0))
+    model = stepped_back(problem, ({}, pushed(3.0)))
     moved = (model[3].bias - before[3].bias).tolist()
     assert moved == pytest.approx([3.0 * share, 0, 0], abs=1e-6)
     assert all(torch.equal(model.state_dict()[key], before.state_dict()[key]) for key in ("1.weight", "3.weight"))
@@ -111,6 +113,33 @@ def test_it_goes_back_as_far_as_clean_accuracy_asks_for_and_says_so(world: World
     clean = [row["clean"] for row in facts["tried"]]
     assert clean == sorted(clean)
     assert clean[0] < facts["reference"]["clean"]
+
+
+@pytest.mark.parametrize(
+    ("clean", "attacked", "tried", "chosen"),
+    [
+        ((1.0,), (0.96,), 1, 0),  # as good as without the artifact, nearly
+        ((1.0, 1.0), (0.6, 0.9), 2, 1),
+        ((1.0, 0.99), (0.6, 0.61), 2, 0),  # not worth the clean accuracy
+        ((0.8, 1.0), (0.6, 0.5), 2, 1),  # what costs is weakened, not made stronger
+    ],
+)
+def test_a_stronger_way_is_tried_where_the_weaker_one_leaves_some_and_costs_nothing(
+    world: World, clean: tuple[float, ...], attacked: tuple[float, ...], tried: int, chosen: int
+) -> None:
+    def measured(clean: float, attacked: float) -> Measure:
+        return Measure(np.arange(200) < 200 * clean, attacked)
+
+    problem = world.problem()
+    split = validation(problem)
+    problem.shared["control"] = measured(1.0, 0.1)
+    measures = iter([measured(*each) for each in zip(clean, attacked, strict=True)])
+    split.measure = lambda model: next(measures)
+    stepped_back(problem, ({"weight": 1}, pushed(1.0)), ({"weight": 2}, pushed(2.0)))
+    assert [len(problem.facts["tried"]), next(measures, None)] == [tried, None]
+    assert problem.facts["chosen"] == {key: problem.facts["tried"][chosen][key] for key in ("weight", "share")}
+    is_stronger = tried == 2 and clean[0] == 1
+    assert problem.facts["tried"][-1]["weight"] == (2 if is_stronger else 1)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -126,7 +155,7 @@ def test_where_nothing_is_lost_the_weights_are_those_of_the_training(
     monkeypatch.setattr("spray.correction.fine_tuning.train", watch)
     problem = world.problem()
     model = CORRECTIONS.get(name)(problem)
-    assert (problem.facts["chosen"], problem.facts["within_limit"]) == ({"share": 1.0}, True)
+    assert (problem.facts["chosen"], problem.facts["within_limit"]) == (FIRST[name] | {"share": 1.0}, True)
     assert len(problem.facts["tried"]) == 1
     assert len(trained) == 3, "the control and the method without the held-back images, then with all"
     assert trained[-1][0] is model
@@ -150,7 +179,7 @@ def test_if_every_share_costs_the_one_that_costs_least_is_taken(
     assert not facts["within_limit"]
     assert len(facts["tried"]) == 2
     best = max(facts["tried"], key=lambda row: (row["clean"], row["attacked"]))
-    assert facts["chosen"] == {"share": best["share"]}
+    assert facts["chosen"] == FIRST[name] | {"share": best["share"]}
     assert "costs least" in facts["why"]
     got, expected = model.state_dict(), on_the_way(before, whole, best["share"])
     assert all(torch.allclose(got[key], expected[key], rtol=1e-5, atol=1e-6) for key in got)

@@ -41,7 +41,7 @@ def group_balanced(problem: Problem) -> nn.Module:
         weights = balanced.weights if indices is None else balanced.weights[indices]
         return fine_tune(part, transform=fill, indices=indices, weights=weights)
 
-    return stepped_back(problem, trained)
+    return stepped_back(problem, ({}, trained))
 
 
 def fine_tune(

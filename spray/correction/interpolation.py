@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,15 @@ from spray.correction.choice import Trial, choose, control, harms, validation
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """Shares of the way from the weights before to those after that are tried, the whole way first."""
+SHORT = 0.05
+"""By how much accuracy under the artifact may be below that without, for nothing stronger to be tried."""
 
 
-def stepped_back(problem: Problem, make: Callable[[Problem, np.ndarray | None], nn.Module]) -> nn.Module:
+Make = Callable[[Problem, np.ndarray | None], nn.Module]
+"""Trains a problem's model on some images, or on all, and returns it."""
+
+
+def stepped_back(problem: Problem, *makes: tuple[dict[str, Any], Make]) -> nn.Module:
     """Train, and go back towards the weights before as far as clean accuracy asks for it.
 
     Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT): models on the straight line between the
@@ -30,28 +37,34 @@ def stepped_back(problem: Problem, make: Callable[[Problem, np.ndarray | None], 
     ----------
     problem : Problem
         Whose model is trained, and whose facts are filled.
-    make : callable
-        Trains a problem's model on some images, or on all, and returns it.
+    *makes : tuple of dict and callable
+        Ways to train, each with what the facts call it, the weakest first. A stronger one is tried only where the one
+        before costs nothing, and leaves the accuracy under the artifact more than `SHORT` below that without.
     """
     split = validation(problem)
     reference = control(problem, split)
     before = copy.deepcopy(problem.model)
-    trial = make(replace(problem, model=copy.deepcopy(before), facts={}, on_epoch=None), split.rest)
 
     def trials() -> Iterator[Trial]:
-        for share in SHARES:
-            measure = split.measure(between(before, trial, share))
-            yield Trial({"share": share}, measure)
-            if not harms(reference, measure, problem.options.max_loss):
+        for setting, make in makes:
+            trial = make(replace(problem, model=copy.deepcopy(before), facts={}, on_epoch=None), split.rest)
+            for share in SHARES:
+                measure = split.measure(between(before, trial, share))
+                yield Trial(setting | {"share": share}, measure, result=make)
+                is_fine = not harms(reference, measure, problem.options.max_loss)
+                if is_fine:
+                    break
+            enough = measure.attacked >= float(measure.right.mean()) - SHORT
+            if enough or not is_fine or share < SHARES[0]:
                 return
 
     best = choose(problem, reference, trials(), stop=False)
-    if best.allowed:
+    if best.allowed and len(makes) == 1:
         problem.facts["why"] = (
             "largest share of the way from the weights before to those after the training that costs no clean "
             "accuracy, of all classes or of one"
         )
-    return between(before, make(problem, None), best.setting["share"])
+    return between(before, best.result(problem, None), best.setting["share"])
 
 
 def between(before: nn.Module, after: nn.Module, share: float) -> nn.Module:
