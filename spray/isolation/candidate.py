@@ -279,7 +279,9 @@ def _grow(region: Tensor, same: Tensor, gain: Tensor) -> tuple[Tensor, bool]:
     filled = ndimage.binary_fill_holes(grown)
     if filled.mean() > LARGEST:  # what a frame encloses is no hole in it
         filled = grown
-    share = float(gain.clamp_min(0)[torch.from_numpy(filled)].sum() / gain.clamp_min(0).sum().clamp_min(1e-12))
+    # A filter that sees an edge explains what is on its other side, too.
+    seen = torch.from_numpy(ndimage.binary_dilation(filled, np.ones((3, 3))))
+    share = float(gain.clamp_min(0)[seen].sum() / gain.clamp_min(0).sum().clamp_min(1e-12))
     if share >= 0.25 and filled.mean() <= LARGEST:
         return torch.from_numpy(filled).float(), True
     return region.float(), False
