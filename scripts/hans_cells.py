@@ -269,7 +269,8 @@ def spray(overrides: Sequence[str]) -> None:
     CellError
         If it fails, with the last line that it said.
     """
-    command = [sys.executable, "-m", "spray.pipelines.cli", *overrides]
+    # Not the one of the folder that the study was started in.
+    command = [sys.executable, "-P", "-m", "spray.pipelines.cli", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:

@@ -51,9 +51,9 @@ def instead_of_spray(monkeypatch: pytest.MonkeyPatch, spray: Callable[[list[str]
     run = subprocess.run
 
     def start(command: list[str], **options: Any) -> Any:
-        if command[1:3] != ["-m", "spray.pipelines.cli"]:
+        if command[1:4] != ["-P", "-m", "spray.pipelines.cli"]:
             return run(command, **options)
-        said = spray(command[3:])
+        said = spray(command[4:])
         done = subprocess.CompletedProcess(command, said.code, said.out, said.err)
         if options["check"]:
             done.check_returncode()
