@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spray.isolation.blended import isolate_blended, isolate_shade, isolate_shading, isolate_veil
+from spray.isolation.blended import Blended, edges, isolate_blended, isolate_shade, isolate_shading, isolate_veil
 from spray.isolation.changed import Background, isolate_background, isolate_change, isolate_faded, smoothed
 from spray.isolation.choice import Isolator, separation
 from spray.isolation.evidence import Evidence
@@ -325,3 +325,15 @@ def test_the_control_of_a_shape_in_any_colour_does_not_have_that_shape() -> None
         some = Colored(mattes[0], torch.zeros(3, SIDE, SIDE), *parts, torch.tensor(color), mattes[0], 0.01, 0.0)
         changed = some.insert(torch.zeros(1, 3, SIDE, SIDE), np.array([0]), torch.ones(1, 3, SIDE, SIDE))
         assert int((changed[0, 0, 8] > 0.5).sum()) == columns
+
+
+def test_what_the_image_shows_through_is_found_in_large_images() -> None:
+    mask = torch.zeros(96, 96)
+    mask[20:30, 40:60] = 0.4
+    template, still = edges((mask > 0)[None, None].float())[0], torch.zeros(1, 2, dtype=torch.int64)
+    blended = Blended(mask, torch.ones(1, 96, 96), still, 1.0, 9, True, template, torch.zeros(1), 0.0, 0.0)
+    images = torch.full((2, 1, 96, 96), 0.2)
+    images[0, :, 23:33, 38:58] = images[1, :, 20:30, 40:60] = 0.5
+    expected = torch.zeros(2, 1, 96, 96)
+    expected[0, :, 23:33, 38:58] = expected[1, :, 20:30, 40:60] = 0.4
+    torch.testing.assert_close(blended.found(images), expected)

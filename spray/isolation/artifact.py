@@ -53,8 +53,9 @@ class Artifact:
 
     @property
     def core(self) -> Tensor:
-        """Where (H, W) its content is always the same: the mask without soft edges."""
-        return self.mask * (self.mask >= OPAQUE)
+        """Where (H, W) its content is always the same: the mask without soft edges, if anything is left of it then."""
+        core = self.mask * (self.mask >= OPAQUE)
+        return core if core.any() else self.mask
 
     @property
     def bound_to_a_place(self) -> bool:
@@ -74,8 +75,7 @@ class Artifact:
 
     def found(self, images: Tensor) -> Tensor:
         """Return the mask (n, 1, H, W) at the place where each image (n, C, H, W) matches the pattern best."""
-        shift = exact(images, self._match(images)[1], self.pattern, self.core, smaller(images)[1], self.radius)
-        return self._moved(-shift)
+        return self._moved(-self._shift(images))
 
     def score(self, images: Tensor) -> Tensor:
         """Return how well images match: 1 is the pattern itself, 0 as far from it as the rest of the class.
@@ -142,6 +142,10 @@ class Artifact:
         """Return masks (n, 1, H, W), moved; unlike an image a mask is not continued beyond the border."""
         return moved_masks(self.mask.expand(len(shift), -1, -1), shift, self.radius)
 
+    def _shift(self, images: Tensor) -> Tensor:
+        """Return where (n, 2) each image matches best, to the pixel."""
+        return exact(images, self._match(images)[1], self.pattern, self.core, smaller(images)[1], self.radius)
+
     def _match(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return each image's distance (n,) from the pattern and the shift (n, 2) at which it is smallest."""
         small, factor = smaller(images)
@@ -166,6 +170,9 @@ class Scattered(Artifact):
     def bound_to_a_place(self) -> bool:
         """It is nowhere more than elsewhere."""
         return False
+
+    def _shift(self, images: Tensor) -> Tensor:
+        return self._match(images)[1]  # at full size already
 
     def _match(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return match_anywhere(images, self.pattern, self.core)

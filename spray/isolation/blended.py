@@ -62,6 +62,9 @@ class Blended(Artifact):
             return statistics(images) @ self.weights.to(images) + self.bias
         return (answers(images, self.template, self.radius)[0] - self.zero) / self.scale
 
+    def _shift(self, images: Tensor) -> Tensor:
+        return self._match(images)[1]  # at full size already
+
     def _match(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if not self.drawn:
             return torch.zeros(len(images)), torch.zeros(len(images), 2, dtype=torch.int64)

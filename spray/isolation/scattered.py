@@ -10,7 +10,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from spray.isolation.alignment import extent, match_anywhere
-from spray.isolation.artifact import OPAQUE, Scattered
+from spray.isolation.artifact import Scattered
 from spray.isolation.candidate import isolate
 from spray.isolation.evidence import Evidence
 
@@ -42,11 +42,11 @@ def isolate_scattered(evidence: Evidence) -> Scattered | None:
     top, left = (height - side) // 2, (width - side) // 2
     mask[top : top + side, left : left + side] = local.mask
     pattern[:, top : top + side, left : left + side] = local.pattern
-    core = mask * (mask >= OPAQUE)
-    shifts = match_anywhere(evidence.images, pattern, core)[1]
-    rows, columns = extent(core)
+    found = Scattered(mask, pattern, torch.zeros(1, 2, dtype=torch.int64), 1.0, 1, True)
+    rows, columns = extent(found.core)
     ends = (rows.start, columns.start, height - rows.stop, width - columns.stop)
-    found = Scattered(mask, pattern, shifts, 1.0, max(1, *ends), True)
+    shifts = match_anywhere(evidence.images, pattern, found.core)[1]
+    found = replace(found, shifts=shifts, radius=max(1, *ends))
     scale = float((1 - found.score(evidence.other_images)).median())
     return replace(found, scale=max(scale, 1e-6))
 
