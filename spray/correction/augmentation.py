@@ -52,7 +52,6 @@ def augment(problem: Problem, weight: float) -> Augmented:
     labels = np.asarray(problem.train.labels)
     n_classes = len(problem.train.classes)
     sizes = np.bincount(labels, minlength=n_classes)
-    share = min(weight, MOST / max(1, len(problem.findings)))
     carrying = [carriers(problem, finding) for finding in problem.findings]
     free = ~np.any(carrying, axis=0)
     n_free = np.bincount(labels[free], minlength=n_classes).clip(1)
@@ -60,8 +59,8 @@ def augment(problem: Problem, weight: float) -> Augmented:
     copied = []
     for carries in carrying:
         n = np.bincount(labels[carries], minlength=n_classes)
-        weights[carries] = np.minimum(weights, np.minimum(1.0, share * sizes / n.clip(1))[labels])[carries]
-        copied.append(np.where(free, ((share * sizes - n).clip(0) / n_free).clip(0, 1)[labels], 0.0))
+        weights[carries] = np.minimum(weights, np.minimum(1.0, weight * sizes / n.clip(1))[labels])[carries]
+        copied.append(np.where(free, ((weight * sizes - n).clip(0) / n_free).clip(0, 1)[labels], 0.0))
     return Augmented(weights, free, np.stack(copied))
 
 
@@ -98,5 +97,9 @@ def a_clarc(problem: Problem) -> nn.Module:
         rng = np.random.default_rng([part.seed, 41])
         return fine_tune(part, objective=lambda model, batch: loss(model, batch, how, rng), indices=indices)
 
-    ways = [(weight, augment(problem, weight)) for weight in WEIGHTS]
-    return stepped_back(problem, *(({"weight": weight}, partial(trained, how=how)) for weight, how in ways))
+    most = MOST / max(1, len(problem.findings))
+    # Of many artifacts both may be the most that each can have; then there is one way.
+    weights = dict.fromkeys(min(weight, most) for weight in WEIGHTS)
+    return stepped_back(
+        problem, *(({"weight": weight}, partial(trained, how=augment(problem, weight))) for weight in weights)
+    )

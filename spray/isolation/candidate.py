@@ -94,8 +94,6 @@ class Common:
         (H, W): where the images hardly differ from the pattern, while the rest does.
     distance : Tensor
         (H, W): by how much the rest does.
-    seen_through : Tensor
-        (H, W): how much the aligned images vary, as a share of what the others do.
     aligned : tuple of Tensor
         (n, C, H, W) and (m, C, H, W): the aligned images, and the others.
     radius : int
@@ -108,7 +106,6 @@ class Common:
     shift: Tensor
     constant: Tensor
     distance: Tensor
-    seen_through: Tensor
     aligned: tuple[Tensor, Tensor]
     radius: int
 
@@ -136,9 +133,13 @@ class Common:
         if not inner.any():
             return mask, self.pattern
         border, core = torch.from_numpy(inside & ~inner), torch.from_numpy(inner)
-        closer = self._closer(inside), self._closer(inner)
+        (nearer, beside), (nearer_inside, within) = self._closer(inside), self._closer(inner)
+        images, others = self.aligned
+        behind = median(others, dim=0)
+        varied = (images - self.pattern).abs().mean(dim=(0, 1))
+        usual = (others - behind).abs().mean(dim=(0, 1))
         # Those of the cluster that don't carry it count as well; where it is fully opaque, they are all there is.
-        steady = 1 - self.seen_through
+        steady = 1 - varied / usual.clamp_min(1e-6)
         steady = (steady / steady[core].median().clamp_min(SOFT)).clamp_max(1)
         reach, further = (
             torch.from_numpy(ndimage.binary_dilation(inside, np.ones((3, 3)), iterations=n))
@@ -146,19 +147,18 @@ class Common:
         )
         # What the cluster's images are like some way off, they are like without an artifact.
         away = further & ~reach
-        around = torch.minimum(*(_beyond(share, away) for share in (steady, closer[0][0])))
-        at_border = torch.maximum(steady, closer[1][0]).clamp_min(1 - CONSISTENT)
+        around = torch.minimum(*(_beyond(share, away) for share in (steady, nearer)))
+        at_border = torch.maximum(steady, nearer_inside).clamp_min(1 - CONSISTENT)
         soft = reach & ~(border | core) & (around >= SOFT)
         labelled = ndimage.label(soft.numpy() | inside, np.ones((3, 3)))[0]
         soft &= torch.from_numpy(np.isin(labelled, labelled[inside]))
         # A line around it, of another colour, is no mixture of what is inside and what is behind.
-        behind = median(self.aligned[1], dim=0)
-        mixed = behind + at_border * (closer[1][1] - behind)
+        mixed = behind + at_border * (within - behind)
         thin = border & (at_border < OPAQUE) & ((self.pattern - mixed).abs().mean(dim=0) <= EDGE)
         if int((border & ~thin).sum() + core.sum()) < 0.25 * inside.sum():
             return mask, self.pattern  # too little would be left to match
         opacity = torch.where(soft, around.clamp_max(OPAQUE - 0.01), torch.where(thin, at_border, mask))
-        pattern = torch.where(soft, closer[0][1], torch.where(thin, closer[1][1], self.pattern))
+        pattern = torch.where(soft, beside, torch.where(thin, within, self.pattern))
         return opacity, pattern
 
     def _closer(self, part: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -195,13 +195,7 @@ def find_common(
     aligned, others = shifted(images, shift, radius), shifted(other_images, other_shift, radius)
     constant, distance = shared(aligned, others, pattern)
     region = salient(gain) if (gain > 0).any() else region
-    seen_through = _deviation(aligned) / _deviation(others).clamp_min(1e-6)
-    return Common(region, gain, pattern, shift, constant, distance, seen_through, (aligned, others), radius)
-
-
-def _deviation(images: Tensor) -> Tensor:
-    """Return the mean absolute deviation from the median of each pixel (H, W), averaged over channels."""
-    return (images - median(images, dim=0)).abs().mean(dim=(0, 1))
+    return Common(region, gain, pattern, shift, constant, distance, (aligned, others), radius)
 
 
 def _align(images: Tensor, other_images: Tensor, around: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
