@@ -144,8 +144,8 @@ class Cell:
         options |= {"class": target, "rate": self.rate, "seed": self.seed}
         return [f"dataset.plant.{key}={value}" for key, value in options.items()]
 
-    def overrides(self, out: Path, methods: Sequence[str] = METHODS) -> list[str]:
-        """Return the cell's configuration, as on the command line."""
+    def overrides(self, out: Path, methods: Sequence[str] = METHODS, more: Sequence[str] = ()) -> list[str]:
+        """Return the cell's configuration, as on the command line, with what is given for all cells behind it."""
         return [
             "experiment=image_folder",
             "dataset=factory",
@@ -166,6 +166,7 @@ class Cell:
             "compute.threads=1",
             STAGES,
             f"run_dir={out / self.name}",
+            *more,
         ]
 
 
@@ -229,7 +230,7 @@ def is_done(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str], 
         If what is kept of it can't be read.
     """
     record = read_record(out / cell.name)
-    if record is None or record["overrides"] != [*cell.overrides(out, methods), *more]:
+    if record is None or record["overrides"] != cell.overrides(out, methods, more):
         return False
     return relying or "idle" not in record
 
@@ -248,7 +249,7 @@ def make(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str] = ()
         If the run fails.
     """
     folder = out / cell.name
-    overrides = [*cell.overrides(out, methods), *more]
+    overrides = cell.overrides(out, methods, more)
     shared = out / CEILINGS / f"{cell.dataset}-seed{cell.seed}"
     if shared.is_dir() and not (folder / "ceiling").exists():
         _copy(shared, folder / "ceiling", out / CEILINGS)

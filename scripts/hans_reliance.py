@@ -30,7 +30,7 @@ def idle(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str]) -> 
     CellError
         If a training fails.
     """
-    overrides = [*cell.overrides(out, methods), *more]
+    overrides = cell.overrides(out, methods, more)
     poisoned = _trained(cell, out, methods, more)
     twin = Cell(cell.dataset, cell.seed)
     clean = _up_to_date(twin, out, methods, more)
@@ -50,7 +50,7 @@ def _trained(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[str])
     """Return the context of a cell whose model is trained with just this configuration."""
     context = _up_to_date(cell, out, methods, more)
     if context is None:
-        overrides = [*cell.overrides(out, methods), *more]
+        overrides = cell.overrides(out, methods, more)
         hans_cells.spray([*overrides, "stages=[train]"])
         context = configured(out / cell.name, overrides)
     return context
@@ -69,7 +69,7 @@ def _up_to_date(cell: Cell, out: Path, methods: Sequence[str], more: Sequence[st
     folder = out / cell.name
     if not (folder / "model.pt").exists():
         return None
-    context = configured(folder, [*cell.overrides(out, methods), *more])
+    context = configured(folder, cell.overrides(out, methods, more))
     stages = load(["train"], context.config)
     (decision,) = decide(context, ["train"], stages, Record(folder), find_inputs(context))
     return context if decision.reason is None else None
