@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from spray.isolation.artifact import Artifact
-from spray.isolation.causal import Effect, SampleBias
+from spray.isolation.causal import Effect
 from spray.isolation.choice import Trial
 from spray.isolation.evidence import Evidence
 from spray.isolation.growing import Scorer
+from spray.isolation.sample_bias import SampleBias
 
 
 @dataclass

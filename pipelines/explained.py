@@ -28,7 +28,7 @@ MEMORY = 8e9
 def explained(
     explainer: Explainer,
     clusters: Sequence[tuple[dict[str, Any], np.ndarray]],
-    unusual: Callable[[dict[str, Any]], tuple[bool, bool]],
+    known: Callable[[dict[str, Any]], tuple[bool, bool, float | None]],
     count: Callable[[int], None],
 ) -> list[Candidate]:
     """Return the candidates of clusters, in their order.
@@ -39,8 +39,9 @@ def explained(
         Of the run.
     clusters : sequence of (dict, ndarray of int)
         Rows of the ranking with their samples, class by class.
-    unusual : callable
-        Whether the ranking finds a row's cluster unusual, and whether the same is repeated in it.
+    known : callable
+        Whether the ranking finds a row's cluster unusual, whether the same is repeated in it, and its strangeness if it
+        is a kind of sample that is a stranger in its class.
     count : callable
         Told of each cluster that is done.
     """
@@ -54,7 +55,7 @@ def explained(
     def of_class(part: Sequence[tuple[dict[str, Any], np.ndarray]]) -> list[Candidate]:
         mine, found = explainer.another(), []
         for row, members in part:
-            candidate = mine.explain(row["cluster"], row["class_index"], members, *unusual(row))
+            candidate = mine.explain(row["cluster"], row["class_index"], members, *known(row))
             found += [candidate] if candidate is not None else []
             with counting:
                 count(1)

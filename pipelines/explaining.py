@@ -13,7 +13,7 @@ from torch import Tensor
 from spray.data.base import ImageDataset
 from spray.figures import fitted
 from spray.isolation.artifact import Artifact
-from spray.isolation.causal import measure_effect, sample_bias, shows
+from spray.isolation.causal import measure_effect, shows
 from spray.isolation.choice import (
     ISOLATORS,
     PARTS,
@@ -30,6 +30,7 @@ from spray.isolation.evidence import Evidence
 from spray.isolation.growing import FEWEST, FREE, MOST, Scorer, boundary, grow, halfway, recognize
 from spray.isolation.matching import alike
 from spray.isolation.matted import Colored
+from spray.isolation.sample_bias import sample_bias
 from spray.isolation.subgroups import subgroups
 from spray.pipelines.candidates import Attempt, Candidate, Recognized, Start
 from spray.pipelines.clusters import jaccard
@@ -76,13 +77,20 @@ class Explainer:
         return found
 
     def explain(
-        self, cluster: str, c: int, members: np.ndarray, unusual: bool, repeated: bool = False
+        self,
+        cluster: str,
+        c: int,
+        members: np.ndarray,
+        unusual: bool,
+        repeated: bool = False,
+        strangeness: float | None = None,
     ) -> Candidate | None:
         """Return what a cluster of class `c` shares; None where too few samples or nothing to isolate are left.
 
         Of a cluster that the ranking doesn't find `unusual` only the same piece of an image is a finding, or what
         accounts for all that tells its samples from the rest. That the very same was `repeated` in its samples makes
-        it unusual if it is indeed the same piece that is isolated: the same black ground is repeated, too.
+        it unusual if it is indeed the same piece that is isolated: the same black ground is repeated, too. What has a
+        `strangeness` is a kind of sample: where no artifact accounts for it, its samples stay what they are.
         """
         options, seed = self.context.config.isolate, self.context.config.seed
         rng = np.random.default_rng([seed, c, len(members)])
@@ -112,7 +120,11 @@ class Explainer:
             found = self._recognized(artifact, best.start, own, c)
         trials, evidence = best.trials, best.evidence
         unusual = unusual or (repeated and trials[0].same_piece)
-        carries = _sensible(found.carries, best.start.carries)
+        if trials[0].accounts:
+            strangeness = None
+        if strangeness is not None:
+            found = self._kind(artifact, member, c)
+        carries = _sensible(found.carries, best.start.carries) if strangeness is None else found.carries
         threshold = found.second.threshold if carries is found.carries else halfway(found.scores, carries)
         held = self.samples.held_out(c)
         held_carries = self._held_out_scores(artifact, found, c) > threshold
@@ -148,7 +160,10 @@ class Explainer:
             second=found.second,
             trials=trials,
             effect=replace(effect, removal_held_out=held_out),
-            bias=sample_bias(found.scores, carries, own.right, (held_carries, held.right) if held_out else None),
+            bias=replace(
+                sample_bias(found.scores, carries, own.right, (held_carries, held.right) if held_out else None),
+                strangeness=strangeness,
+            ),
             unusual=proof,
             ranked=unusual,
         )
@@ -295,6 +310,14 @@ class Explainer:
             FREE,
         )
         return Recognized(first, scores, scores > second.threshold, second)
+
+    def _kind(self, artifact: Artifact, member: np.ndarray, c: int) -> Recognized:
+        """Return a kind of sample by what the model sees of it; how an image matches an artifact says nothing."""
+        features, null = self.samples.of_class(c).features, self.samples.others(c)[1]
+        scorer, scores, _ = grow(features, member, null, self.context.config.seed, rounds=1)
+        weights = np.zeros(together(artifact, np.zeros(1), np.zeros(1)).shape[1])
+        weights[0] = 1.0
+        return Recognized(scorer, scores, member, Scorer(weights, 0.0, scorer.threshold))
 
     def groups(self, c: int, most: int) -> list[np.ndarray]:
         """Return groups of a class's samples that the model's inner activations show, see `subgroups`."""

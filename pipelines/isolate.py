@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spray.isolation.causal import holm, verdict
+from spray.isolation.causal import LEVEL, holm, verdict
 from spray.isolation.choice import WHOLE, Trial
 from spray.pipelines.candidates import Candidate
 from spray.pipelines.clusters import agreement, jaccard, ranked_clusters
@@ -21,6 +21,7 @@ from spray.pipelines.explaining import Explainer
 from spray.pipelines.isolated import save_artifact
 from spray.pipelines.pictures import artifact_pictures
 from spray.pipelines.stage import Stage
+from spray.pipelines.strangers import strangers
 from spray.storage import read_json, write_bytes, write_json, write_text
 from spray.store import open_attributions
 from spray.store.reading import Rows
@@ -42,6 +43,7 @@ MORE = (
     "removal_cost_elsewhere_interval",
     "n_removed",
     "removal_held_out",
+    "removal_gain_p_value",
 )
 """What else of an effect is written, under its own names."""
 
@@ -52,8 +54,9 @@ def run(context: Context) -> dict[str, Any]:
     with open_attributions(context.run_dir / "attributions.h5", shape=shape) as attributions:
         explainer = Explainer(context, attributions.attribution)
         clusters = _with_groups(context, explainer, _choose(context))
+        clusters = _with_strangers(clusters, strangers(context, explainer.samples, attributions))
         with context.counter(len(clusters), "candidates isolated") as count:
-            candidates = explained(explainer, clusters, partial(_unusual, context), count)
+            candidates = explained(explainer, clusters, partial(_known, context), count)
         _judge(candidates)
         candidates = sorted(_distinct(candidates), key=lambda c: c.strength, reverse=True)
         scores = explainer.scores(candidates), explainer.test_scores(candidates)
@@ -65,14 +68,12 @@ def run(context: Context) -> dict[str, Any]:
     write_json(context.run_dir / "artifacts.json", {"artifacts": rows})
     found = [row for row in rows if row["verdict"] != "no_effect"]
     for row in found:
-        context.log.info(
-            "%s in %r: %d samples, added to other classes it turns %.0f %% to it (control %.0f %%)",
-            row["verdict"],
-            row["class_name"],
-            len(row["samples"]),
-            100 * row["flip_rate"],
-            100 * row["control_flip_rate"],
-        )
+        said = "%s in %r: %d samples, added to other classes it turns %.0f %% to it (control %.0f %%)"
+        shares = row["flip_rate"], row["control_flip_rate"]
+        if row["verdict"] == "sample_bias":
+            said = "%s in %r: %d samples, of whose kind %.0f %% are told right (%.0f %% of the rest)"
+            shares = row["sample_bias"]["accuracy"], row["sample_bias"]["rest_accuracy"]
+        context.log.info(said, row["verdict"], row["class_name"], len(row["samples"]), *(100 * x for x in shares))
     if not found:
         context.log.info("none of %d candidates has an effect beyond its control", len(rows))
     return {"candidates": len(rows), "found": len(found)}
@@ -126,10 +127,18 @@ def _with_groups(
     return found
 
 
-def _unusual(context: Context, row: dict[str, Any]) -> tuple[bool, bool]:
-    """Return whether other classes have nothing like a cluster, by its row in the ranking; and whether it repeats."""
+def _with_strangers(
+    clusters: list[tuple[dict[str, Any], np.ndarray]], kinds: list[tuple[dict[str, Any], np.ndarray]]
+) -> list[tuple[dict[str, Any], np.ndarray]]:
+    """Return the clusters and kinds of sample, class by class in the order of the clusters."""
+    classes = list(dict.fromkeys(row["class_index"] for row, _ in clusters + kinds))
+    return [each for c in classes for each in clusters + kinds if each[0]["class_index"] == c]
+
+
+def _known(context: Context, row: dict[str, Any]) -> tuple[bool, bool, float | None]:
+    """Return whether other classes have nothing like a cluster, whether it repeats, and its strangeness, by its row."""
     compared = len(context.train.classes) >= COMPARABLE
-    return compared and row["q_value"] < UNUSUAL, "repeated" in row.get("evidence", {})
+    return compared and row["q_value"] < UNUSUAL, "repeated" in row.get("evidence", {}), row.get("strangeness")
 
 
 def _judge(candidates: list[Candidate]) -> None:
@@ -137,22 +146,41 @@ def _judge(candidates: list[Candidate]) -> None:
     p_values = holm([candidate.effect.p_value for candidate in candidates])
     removal = holm([candidate.effect.removal_p_value for candidate in candidates])
     biases = holm([candidate.bias.p_value for candidate in candidates])
-    for candidate, p_value, removal_p_value, bias in zip(candidates, p_values, removal, biases, strict=True):
+    gains = holm([candidate.effect.removal_gain_p_value for candidate in candidates])
+    for candidate, p_value, removal_p_value, bias, gain in zip(
+        candidates, p_values, removal, biases, gains, strict=True
+    ):
         candidate.p_value, candidate.removal_p_value = float(p_value), float(removal_p_value)
         candidate.bias = replace(candidate.bias, p_value=float(bias))
+        candidate.effect = replace(candidate.effect, removal_gain_p_value=float(gain))
         candidate.verdict = verdict(
             candidate.effect,
             candidate.artifact.constant,
             p_value,
             removal_p_value,
-            # What an artifact accounts for is no kind of sample.
-            candidate.bias if candidate.ranked else None,
+            candidate.bias if _has_reason(candidate) else None,
             candidate.unusual,
             candidate.trials[0].accounts,
             candidate.artifact.constant and candidate.trials[0].isolator not in WHOLE,
         )
         if not candidate.trials[0].explains and candidate.verdict != "sample_bias":
             candidate.verdict = "no_effect"
+    acting = {candidate.class_index for candidate in candidates if candidate.verdict in ("clever_hans", "backdoor")}
+    for candidate in candidates:
+        # Of a class that is known by its artifact the model is wrong on whatever has none.
+        if candidate.bias.strangeness is not None and candidate.class_index in acting:
+            candidate.verdict = "no_effect"
+
+
+def _has_reason(candidate: Candidate) -> bool:
+    """Return whether there is a reason for the model to do worse on a candidate's samples than that they are hard.
+
+    The ranking finds them unusual; they are strangers in their class; or they share an artifact that costs them, since
+    the model takes it for another class's: without it, it is surer of them.
+    """
+    effect = candidate.effect
+    costs = candidate.unusual and effect.removal_cost < 0 and effect.removal_gain_p_value < LEVEL
+    return candidate.ranked or candidate.bias.strangeness is not None or costs
 
 
 def _distinct(candidates: list[Candidate]) -> list[Candidate]:

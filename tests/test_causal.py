@@ -13,6 +13,7 @@ from torch import Tensor
 from spray.isolation import causal
 from spray.isolation.candidate import Artifact
 from spray.isolation.causal import Effect, holm, removal_cost, verdict
+from spray.isolation.sample_bias import SampleBias, sample_bias
 from spray.verification import wilson_interval
 
 SIDE = 12
@@ -66,6 +67,17 @@ def test_rates_gains_and_costs_are_exactly_those_of_the_predictor() -> None:
     assert result.removal_p_value == pytest.approx(
         stats.mannwhitneyu([0.8] * 8, [0.1] * 5, alternative="greater").pvalue
     )
+
+
+def test_removing_what_costs_its_own_samples_gains() -> None:
+    """Class 0 asks for a dark place: what makes it bright there is another class's."""
+    result = effect(target=0, others=pictures([0.9] * 10, [0.2] * 10))
+    assert result.removal_cost == pytest.approx(-0.7, abs=1e-4)
+    assert result.removal_gain_p_value == pytest.approx(
+        stats.mannwhitneyu([-0.8] * 8, [-0.1] * 5, alternative="less").pvalue
+    )
+    assert result.removal_p_value > 0.99
+    assert effect().removal_gain_p_value > 0.99
 
 
 def test_images_already_predicted_as_the_class_are_left_out() -> None:
@@ -287,8 +299,8 @@ def test_what_raises_all_logits_alike_is_no_gain() -> None:
     torch.testing.assert_close(causal.margin(logits + 5, 1), causal.margin(logits, 1))
 
 
-def bias(separation: float = 0.97, accuracy: float = 0.5, rest: float = 0.9, p: float = 0.001) -> causal.SampleBias:
-    return causal.SampleBias(separation, accuracy, rest, p)
+def bias(separation: float = 0.97, accuracy: float = 0.5, rest: float = 0.9, p: float = 0.001) -> SampleBias:
+    return SampleBias(separation, accuracy, rest, p)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +316,7 @@ def bias(separation: float = 0.97, accuracy: float = 0.5, rest: float = 0.9, p: 
     ],
 )
 def test_a_kind_of_sample_that_the_model_fails_on_is_a_bias(
-    found: Effect, kind: causal.SampleBias | None, expected: str
+    found: Effect, kind: SampleBias | None, expected: str
 ) -> None:
     assert verdict(found, True, 0.001, 0.001, kind) == expected
 
@@ -313,7 +325,7 @@ def test_sample_bias_counts_the_models_mistakes() -> None:
     carries = np.arange(100) < 20
     right = np.ones(100, dtype=bool)
     right[:12] = right[95:] = False
-    found = causal.sample_bias(carries + np.linspace(0, 0.1, 100), carries, right)
+    found = sample_bias(carries + np.linspace(0, 0.1, 100), carries, right)
     assert (found.separation, found.accuracy, found.rest_accuracy) == (1, 0.4, pytest.approx(0.9375))
     assert found.p_value == pytest.approx(float(stats.fisher_exact([[8, 12], [75, 5]], alternative="less")[1]))
 

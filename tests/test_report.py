@@ -21,6 +21,7 @@ from spray.report.data import (
     Chosen,
     Embedding,
     Gallery,
+    KindOfSample,
     Light,
     ModelResult,
     RankRow,
@@ -461,6 +462,11 @@ def test_a_kind_of_sample_is_no_red_light_and_no_backdoor():
     words = Page(render(dataclasses.replace(found(), artifacts=(bias,), models=()))).words()
     assert "Sample bias in class moon" in words
     assert "turns – of other images" not in words
+    known = dataclasses.replace(bias, bias=KindOfSample(0.06, 0.993, 1e-9, held_out=True))
+    words = Page(render(dataclasses.replace(found(), artifacts=(known,), models=()))).words()
+    assert "the model is right on 6 % of a kind of its samples, on 99 % of the rest" in words
+    assert "Test images of moon that the model gets right" in words
+    assert "99.3 %" in words
 
 
 def test_many_findings_in_large_noisy_images_stay_light():

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.stats import binomtest, fisher_exact, mannwhitneyu, wilcoxon
+from scipy.stats import binomtest, mannwhitneyu, wilcoxon
 from torch import Tensor
 
 from spray.isolation.artifact import Artifact
 from spray.isolation.changed import rms
 from spray.isolation.matted import Donated
 from spray.isolation.removal import elsewhere, filled, is_undone, removed
+from spray.isolation.sample_bias import SampleBias
 from spray.verification import wilson_interval
 
 LEVEL = 0.01
@@ -30,12 +31,6 @@ all the same: one that moved 4.5 % more than the control lost 9 points of accura
 
 TRIGGER = 0.5
 """Least flip rate of a backdoor: the artifact alone decides."""
-
-APART = 0.9
-"""Least area under the ROC curve by which samples are a kind of their own."""
-
-WORSE = 0.25
-"""Least difference of accuracies, of a kind of sample and the rest of its class, that is a bias."""
 
 Predictor = Callable[[Tensor], Tensor]
 """From pixels (n, C, H, W) to logits (n, classes)."""
@@ -62,6 +57,8 @@ class Effect:
         the whole image and is undone.
     removal_p_value : float
         One-sided Mann-Whitney test of that; Wilcoxon's signed-rank test of what is undone.
+    removal_gain_p_value : float
+        The same test of the other side: of the artifact costing its own samples, so that removing it gains.
     n : int
         Number of other classes' images tested; those predicted as the artifact's class beforehand are left out.
     flip_rate_interval, control_flip_rate_interval : list of float
@@ -100,29 +97,7 @@ class Effect:
     removal_cost_elsewhere_interval: list[float] | None = None
     n_removed: int = 0
     removal_held_out: bool = False
-
-
-@dataclass(frozen=True)
-class SampleBias:
-    """How well the model does on the samples of a kind, against the others of their class.
-
-    Attributes
-    ----------
-    separation : float
-        Area under the ROC curve of the samples' score, each by a fit without it: 1 if it is a kind of its own.
-    accuracy, rest_accuracy : float
-        Of the model on these samples and on the rest.
-    p_value : float
-        Fisher's exact test, one-sided, of the model being right less often on the kind.
-    held_out : bool
-        Whether the accuracies are of images that the model was not trained on.
-    """
-
-    separation: float
-    accuracy: float
-    rest_accuracy: float
-    p_value: float
-    held_out: bool = False
+    removal_gain_p_value: float = 1.0
 
 
 def measure_effect(
@@ -195,7 +170,7 @@ def measure_effect(
     discordant = int((flips ^ control_flips).sum())
     typical = donors.median(dim=0).values
     cost = removal_cost(predict, artifact, target, carriers, typical)
-    control_cost, removal_p_value = _removal_control(predict, artifact, target, cost, donors, typical)
+    control_cost, (removal_p_value, gain_p_value) = _removal_control(predict, artifact, target, cost, donors, typical)
     gains = (margin(added, target) - margin(control, target)).float()
     differences = flips.float() - control_flips.float()
     moved = None
@@ -222,6 +197,7 @@ def measure_effect(
         elsewhere_flip_rate_interval=None if moved is None else wilson_interval(int(moved.sum()), len(others)),
         removal_cost_elsewhere_interval=None if cost_elsewhere is None else bootstrap(seed, cost_elsewhere),
         n_removed=len(carriers),
+        removal_gain_p_value=gain_p_value,
     )
 
 
@@ -235,18 +211,21 @@ def shows(artifact: Artifact) -> bool:
 
 def _removal_control(
     predict: Predictor, artifact: Artifact, target: int, cost: Tensor, donors: Tensor, typical: Tensor
-) -> tuple[Tensor, float]:
-    """Return what removal costs the class's samples without the artifact, and the p-value of its costing more.
+) -> tuple[Tensor, tuple[float, float]]:
+    """Return what removal costs the class's samples without the artifact, and the p-values of its costing more or less.
 
     What changed a whole image is undone, which leaves the image as it was: nothing was cut that would need a control,
     and undone in samples without it, it would be a change itself, mostly a worse one. So each image is compared with
     itself, by Wilcoxon's signed-rank test.
     """
     if is_undone(artifact) and not artifact.bound_to_a_place:
-        p_value = float(wilcoxon(cost, alternative="greater").pvalue) if bool(cost.any()) else 1.0
-        return torch.zeros_like(cost), p_value
+        if not bool(cost.any()):
+            return torch.zeros_like(cost), (1.0, 1.0)
+        more, less = (float(wilcoxon(cost, alternative=side).pvalue) for side in ("greater", "less"))
+        return torch.zeros_like(cost), (more, less)
     control = removal_cost(predict, artifact, target, donors, typical)
-    return control, float(mannwhitneyu(cost, control, alternative="greater").pvalue)
+    more, less = (float(mannwhitneyu(cost, control, alternative=side).pvalue) for side in ("greater", "less"))
+    return control, (more, less)
 
 
 def _no_stronger(images: Tensor, change: Artifact, artifact: Artifact, draws: np.ndarray) -> Tensor:
@@ -296,33 +275,6 @@ def _cost_elsewhere(
     return margin(predict(carriers), target) - margin(predict(filled(carriers, holes, typical)), target)
 
 
-def sample_bias(
-    scores: np.ndarray, carries: np.ndarray, right: np.ndarray, held_out: tuple[np.ndarray, np.ndarray] | None = None
-) -> SampleBias:
-    """Compare how often a model is right on the samples of a kind and on the rest of their class.
-
-    Parameters
-    ----------
-    scores : ndarray
-        (n,), of the class's samples, each by a fit without it.
-    carries, right : ndarray of bool
-        (n,): which are of the kind, and which the model gets right.
-    held_out : tuple of ndarray of bool, optional
-        The same two, (m,), of images that the model was not trained on, of which it does not know the answers by heart.
-    """
-    of_kind, known = held_out or (carries, right)
-    inside, outside = known[of_kind], known[~of_kind]
-    table = [[int(inside.sum()), int((~inside).sum())], [int(outside.sum()), int((~outside).sum())]]
-    larger = scores[carries][:, None] > scores[~carries]
-    return SampleBias(
-        separation=float(larger.mean()) if larger.size else 0.5,
-        accuracy=float(inside.mean()) if len(inside) else 0.0,
-        rest_accuracy=float(outside.mean()) if len(outside) else 0.0,
-        p_value=float(fisher_exact(table, alternative="less")[1]),
-        held_out=held_out is not None,
-    )
-
-
 def removal_cost(predict: Predictor, artifact: Artifact, target: int, images: Tensor, typical: Tensor) -> Tensor:
     """Return by how much each image's `margin` falls when the artifact is removed.
 
@@ -364,7 +316,8 @@ def verdict(
     p_value, removal_p_value : float
         Its p-values, corrected for all candidates.
     bias : SampleBias, optional
-        How the model does on its samples, the p-value corrected likewise.
+        How the model does on its samples, the p-value corrected likewise, where there is a reason other than chance or
+        a hard kind for it to do worse.
     unusual : bool
         Whether its samples are something that other classes have nothing like: they share the same piece of an image,
         or the ranking says so. A class consists of natural kinds of images, and what makes one of them (light, colour,
@@ -381,14 +334,21 @@ def verdict(
     str
         "clever_hans" where adding it moves more predictions to the class than the control, with a mean gain of its
         logit that is not below the control's by more than chance, and removing it costs the class's own samples;
-        "backdoor" where removing does not but the artifact alone turns most images. "sample_bias" where there is
-        nothing to add that would move the model but the samples are a kind of their own, apart from the rest of their
-        class, on which the model is wrong far more often: it learned the class without them. "no_effect" where it is
-        nothing of that, or not `unusual`: a kind of sample that the model does as well on as on the rest is no bias but
-        what a class consists of.
+        "backdoor" where removing does not but the artifact alone turns most images; neither if it is not `unusual`.
+        "sample_bias" where there is nothing to add that would move the model but the samples are a kind of their own,
+        apart from the rest of their class, on which the model is wrong far more often: it learned the class without
+        them. "no_effect" where it is nothing of that: a kind of sample that the model does as well on as on the rest is
+        no bias but what a class consists of.
     """
-    if not unusual:
-        return "no_effect"
+    if unusual and (acts := _acts(effect, constant, p_value, removal_p_value, accounts, trigger)):
+        return acts
+    return "sample_bias" if bias is not None and bias.is_worse and bias.p_value < LEVEL else "no_effect"
+
+
+def _acts(
+    effect: Effect, constant: bool, p_value: float, removal_p_value: float, accounts: bool, trigger: bool
+) -> str | None:
+    """Return the verdict on an artifact that moves the model to its class, as of `verdict`; None if it doesn't."""
     flips = effect.flip_rate - effect.control_flip_rate
     enough = flips >= (ACCOUNTED if accounts else MIN_EFFECT if constant else 3 * MIN_EFFECT)
     # What turns some images for certain, and leaves the others to whatever they showed, may gain nothing in the mean.
@@ -398,9 +358,7 @@ def verdict(
             return "clever_hans"
         if trigger and effect.flip_rate >= TRIGGER:
             return "backdoor"
-    if bias is not None and bias.separation >= APART and bias.p_value < LEVEL:
-        return "sample_bias" if bias.rest_accuracy - bias.accuracy >= WORSE else "no_effect"
-    return "no_effect"
+    return None
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

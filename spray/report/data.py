@@ -63,6 +63,16 @@ class Gallery:
     tiles: tuple[Tile, ...]
 
 
+@dataclass(frozen=True)
+class KindOfSample:
+    """How the model does on a finding's samples as a kind of their own, and on the rest of their class, 0 to 1."""
+
+    accuracy: float
+    rest_accuracy: float
+    p_value: float | None = None
+    held_out: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Artifact:
     """A candidate and how it did in the causal test.
@@ -70,8 +80,8 @@ class Artifact:
     `pattern` and `mask` are pictures: uint8 (H, W, 4) and (H, W). `effects` holds one result for each model
     where the candidate itself was added to the test images; `further` and `tables` what else is known, as it is
     printed. `unusual` says whether its samples are something that other classes have nothing like: a candidate whose
-    samples are not is no finding, whatever it moves. `scores` has one number for each of `samples`, none where they
-    are not known.
+    samples are not is no finding, whatever it moves. `bias` is known of a sample bias. `scores` has one number for
+    each of `samples`, none where they are not known.
     """
 
     id: str
@@ -91,6 +101,7 @@ class Artifact:
     kind: str | None = None
     unusual: bool | None = None
     opacity: float | None = None
+    bias: KindOfSample | None = None
     further: tuple[tuple[str, str], ...] = ()
     tables: tuple[Check, ...] = ()
     samples: tuple[int, ...] = ()

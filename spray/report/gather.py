@@ -15,6 +15,7 @@ from spray.report.data import (
     Artifact,
     Embedding,
     Gallery,
+    KindOfSample,
     RankRow,
     ReportData,
     Truth,
@@ -139,6 +140,7 @@ def _artifact(
     if with_gallery and attributions is not None:
         groups, limit = evidence.galleries(dataset, attributions, samples, row["class_index"], scores)
     effects = {name: entry.get("artifacts", {}).get(row["id"]) for name, entry in models.items()}
+    bias = _bias(row.get("sample_bias")) if row.get("verdict") == "sample_bias" else None
     return Artifact(
         id=str(row["id"]),
         class_index=row["class_index"],
@@ -157,7 +159,8 @@ def _artifact(
         kind=None if row.get("kind") is None else str(row["kind"]),
         unusual=row["unusual"] if isinstance(row.get("unusual"), bool) else None,
         opacity=finite(row.get("opacity")) if isinstance(row.get("opacity"), int | float) else None,
-        further=facts(row, _OF_ARTIFACT),
+        bias=bias,
+        further=facts(row, _OF_ARTIFACT | ({"sample_bias"} if bias else frozenset())),
         tables=tables(row),
         samples=samples,
         sample_names=tuple(dataset.names[sample] for sample in samples),
@@ -168,6 +171,15 @@ def _artifact(
         limit=limit,
         effects=tuple(model_result(name, effect) for name, effect in effects.items() if effect),
     )
+
+
+def _bias(known: Any) -> KindOfSample | None:
+    if not isinstance(known, Mapping):
+        return None
+    accuracy, rest_accuracy, p_value = (finite(known.get(key)) for key in ("accuracy", "rest_accuracy", "p_value"))
+    if accuracy is None or rest_accuracy is None:
+        return None
+    return KindOfSample(accuracy, rest_accuracy, p_value, known.get("held_out") is True)
 
 
 def _scores(run_dir: Path, row: Mapping[str, Any]) -> dict[int, float]:

@@ -66,7 +66,7 @@ def _light(
         turned = f"{percent(first.flip_rate, 0)} turned, control {percent(first.control_flip_rate, 0)}"
         return Light(index, name, "red", f"{kinds}: {turned}")
     if passed:
-        return Light(index, name, "amber", "a kind of sample is missing or over-represented")
+        return Light(index, name, "amber", "a kind of its samples is under-represented, or belongs elsewhere")
     if too_small:
         return Light(index, name, "none", "too few samples to judge")
     if candidates is None or row is None:

@@ -39,6 +39,7 @@ LABELS = {
     "removal_cost_elsewhere": "loss of the logit when as much is removed elsewhere",
     "n_removed": "samples that it was removed from",
     "removal_held_out": "these are test images",
+    "removal_gain_p_value": "p-value of a gain when it is removed",
     "score_threshold": "score from which on an image has it",
     "sample_bias": "as a kind of sample",
     "explanations": "Ways of cutting it out that were tried",
@@ -66,7 +67,8 @@ _MEANINGS = {
     "backdoor": "The artifact alone turns images of other classes into this class, whose own images do without it.",
     "clever_hans": "The artifact turns images of other classes into this class, more than a control patch does, and "
     "removing it costs the class's own images.",
-    "sample_bias": "Some kind of sample is missing or over-represented in the training data of this class.",
+    "sample_bias": "These samples are a kind of their own, on which the model is wrong far more often than on the "
+    "rest of their class: training had too few of them, or they belong to another class.",
     "no_effect": "The candidate did not pass the causal test.",
 }
 _LEVEL, _FEW = 0.01, 0.05
