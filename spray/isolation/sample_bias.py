@@ -24,7 +24,7 @@ STRANGE = 0.05
 TOLD = 0.3
 """Least share of its own class among the rest's neighbors where distances tell anything of the class."""
 COMPARED = 100
-"""Samples of the rest of a class that a kind is compared with."""
+"""Most samples of a kind, and of the rest of its class, whose neighbors are looked at."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def strangeness(spaces: Sequence[np.ndarray], own: np.ndarray, member: np.ndarra
     member : ndarray of bool
         (n,): which of these are of the kind.
     seed : int
-        Draws the samples of the rest that are compared.
+        Draws the samples whose neighbors are looked at.
 
     Returns
     -------
@@ -122,12 +122,12 @@ def strangeness(spaces: Sequence[np.ndarray], own: np.ndarray, member: np.ndarra
         The largest of all spaces that tell the class: there the rest has at least `TOLD` of its own around it. Infinite
         if fewer than two do.
     """
-    rest = np.flatnonzero(own & ~member)
-    drawn = np.sort(np.random.default_rng([seed, 13]).permutation(rest)[:COMPARED])
+    rng = np.random.default_rng([seed, 13])
+    drawn = [np.sort(rng.permutation(np.flatnonzero(part))[:COMPARED]) for part in (member, own & ~member)]
     others = np.flatnonzero(~member)
     found = []
     for space in spaces:
-        kind, usual = (_own_share(space, who, others, own) for who in (np.flatnonzero(member), drawn))
+        kind, usual = (_own_share(space, who, others, own) for who in drawn)
         if usual >= TOLD:
             found.append(kind / usual)
     return max(found) if len(found) > 1 else float("inf")
