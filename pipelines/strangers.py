@@ -10,7 +10,7 @@ import torch
 from spray.data.base import ImageDataset
 from spray.isolation.causal import LEVEL
 from spray.isolation.sample_bias import STRANGE, WORSE, strangeness, worse
-from spray.pipelines.clusters import jaccard, ranked_clusters
+from spray.pipelines.clusters import ranked_clusters
 from spray.pipelines.context import Context
 from spray.pipelines.samples import AT_ONCE, Samples, some
 from spray.store.reading import Attributions
@@ -24,8 +24,8 @@ AMONG = 20_000
 """Most training samples that neighbors are looked for among."""
 SIDE = 16
 """Side of the thumbnails, in pixels, by which images are compared as they are."""
-APART = 0.5
-"""Jaccard index from which on two clusters are too much the same."""
+SAME = 0.5
+"""Share of the smaller of two clusters from which on they are of the same kind."""
 
 Kind = tuple[dict[str, Any], np.ndarray]
 """A row of the ranking, with `strangeness`, and its samples."""
@@ -59,7 +59,7 @@ def strangers(context: Context, samples: Samples, attributions: Attributions) ->
             found.append((value, ({**row, "strangeness": value}, each)))
     kept: list[Kind] = []
     for _, (row, each) in sorted(found, key=lambda one: one[0]):
-        if all(jaccard(each, other) < APART for _, other in kept):
+        if all(len(np.intersect1d(each, other)) < SAME * min(len(each), len(other)) for _, other in kept):
             kept.append((row, each))
     return kept
 

@@ -119,18 +119,16 @@ def strangeness(spaces: Sequence[np.ndarray], own: np.ndarray, member: np.ndarra
     Returns
     -------
     float
-        The largest of all spaces that tell the class: there the rest has at least `TOLD` of its own around it. Infinite
-        if fewer than two do.
+        The mean share of all spaces that tell the class, where the rest has at least `TOLD` of its own around it, of
+        the kind by that of the rest. Infinite if fewer than two do.
     """
     rng = np.random.default_rng([seed, 13])
     drawn = [np.sort(rng.permutation(np.flatnonzero(part))[:COMPARED]) for part in (member, own & ~member)]
     others = np.flatnonzero(~member)
-    found = []
-    for space in spaces:
-        kind, usual = (_own_share(space, who, others, own) for who in drawn)
-        if usual >= TOLD:
-            found.append(kind / usual)
-    return max(found) if len(found) > 1 else float("inf")
+    shares = np.array([[_own_share(space, who, others, own) for who in drawn] for space in spaces])
+    telling = shares[shares[:, 1] >= TOLD]
+    kind, usual = telling.sum(axis=0)
+    return float(kind / usual) if len(telling) > 1 else float("inf")
 
 
 def _own_share(space: np.ndarray, who: np.ndarray, others: np.ndarray, own: np.ndarray) -> float:
